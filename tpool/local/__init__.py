@@ -1,0 +1,1 @@
+"""Workers on this machine: channel, zygote, worker body and their supervisor."""

@@ -1,0 +1,250 @@
+"""What is said to the scheduler and what it answers.
+
+Events (past tense) go in, actions (imperative) come out; both are plain data. Nobody but the scheduler and the
+handler speaks this language: payloads and results ride along unopened.
+
+Identity: a *slot* is a worker's place in the pool and is kept when the worker is replaced; a *worker* id names one
+process and is never used again. A task is named by its job and its index in that job.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NewType
+
+JobId = NewType("JobId", int)
+WorkerId = NewType("WorkerId", int)
+Slot = NewType("Slot", int)
+
+
+@dataclass(slots=True, eq=False)
+class Task:
+    """One unit of work: a call of the user's function on one item, or on a chunk of items of a ``map``.
+
+    Attributes:
+        job: the job it belongs to.
+        index: its place in the job, from 0.
+        payload: what the engine sends; the scheduler never looks into it.
+        weight: how many calls of the user's function it stands for (counts towards ``max_tasks``).
+        attempts: how many workers were lost while they ran it.
+    """
+
+    job: JobId
+    index: int
+    payload: Any
+    weight: int = 1
+    attempts: int = 0
+
+
+# Events -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, eq=False)
+class JobOpened:
+    """A caller made a job; its tasks follow. ``batch`` is the caller's hint of how many may travel together."""
+
+    job: JobId
+    batch: int = 1
+
+
+@dataclass(slots=True, eq=False)
+class TasksSubmitted:
+    """Tasks joined the end of an open job, in order of index."""
+
+    job: JobId
+    tasks: list[Task]
+
+
+@dataclass(slots=True, eq=False)
+class JobSealed:
+    """No more tasks will join this job."""
+
+    job: JobId
+
+
+@dataclass(slots=True, eq=False)
+class JobCancelled:
+    """Nobody wants the rest of this job: queued tasks are dropped, the job is sealed; running tasks run on."""
+
+    job: JobId
+
+
+@dataclass(slots=True, eq=False)
+class WorkerBecameReady:
+    """A worker ran its initializer and waits for tasks."""
+
+    worker: WorkerId
+
+
+@dataclass(slots=True, eq=False)
+class InitializerFailed:
+    """A worker's initializer raised; the worker is about to exit. ``error`` is passed on with EndPool."""
+
+    worker: WorkerId
+    error: Any
+
+
+@dataclass(slots=True, eq=False)
+class TasksFinished:
+    """A worker answered. ``results`` are (job, index, result, seconds the task ran), in the order they were sent."""
+
+    worker: WorkerId
+    results: list[tuple[JobId, int, Any, float]]
+
+
+@dataclass(slots=True, eq=False)
+class TasksRecalled:
+    """The engine took back the last ``count`` tasks that the worker had not started.
+
+    The worker still has to throw away its copies; until RecallSettled nothing may be sent to it. With count 0
+    there is nothing to settle.
+    """
+
+    worker: WorkerId
+    count: int
+
+
+@dataclass(slots=True, eq=False)
+class RecallSettled:
+    """The worker threw away all that was recalled and may be sent tasks again."""
+
+    worker: WorkerId
+
+
+@dataclass(slots=True, eq=False)
+class WorkerExited:
+    """A worker is gone and everything it had written was read.
+
+    Attributes:
+        worker: which.
+        unstarted: how many of the tasks it held were never started: the last ones that were sent.
+        cause: why, passed on with FailTask or EndPool.
+    """
+
+    worker: WorkerId
+    unstarted: int
+    cause: Any
+
+
+@dataclass(slots=True, eq=False)
+class PoolClosed:
+    """No more jobs will be opened; the open ones go on to their end."""
+
+
+@dataclass(slots=True, eq=False)
+class PoolTerminated:
+    """Stop everything now. ``cause`` is passed on with FailTask for whatever has no outcome yet."""
+
+    cause: Any
+
+
+@dataclass(slots=True, eq=False)
+class TimePassed:
+    """The moment in ``Scheduler.wake_at`` has come."""
+
+
+Event = (
+    JobOpened
+    | TasksSubmitted
+    | JobSealed
+    | JobCancelled
+    | WorkerBecameReady
+    | InitializerFailed
+    | TasksFinished
+    | TasksRecalled
+    | RecallSettled
+    | WorkerExited
+    | PoolClosed
+    | PoolTerminated
+    | TimePassed
+)
+
+
+# Actions ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, eq=False)
+class StartWorker:
+    """Start a process in this slot; it is ``worker`` from now on."""
+
+    worker: WorkerId
+    slot: Slot
+
+
+@dataclass(slots=True, eq=False)
+class SendTasks:
+    """Send these tasks to a worker, in this order, in one message."""
+
+    worker: WorkerId
+    tasks: list[Task]
+
+
+@dataclass(slots=True, eq=False)
+class RecallTasks:
+    """Take back what the worker has not started; answered at once by TasksRecalled."""
+
+    worker: WorkerId
+
+
+@dataclass(slots=True, eq=False)
+class RetireWorker:
+    """Tell a worker that holds nothing to collect its garbage and exit."""
+
+    worker: WorkerId
+
+
+@dataclass(slots=True, eq=False)
+class KillWorker:
+    """Kill a worker, whatever it does."""
+
+    worker: WorkerId
+
+
+@dataclass(slots=True, eq=False)
+class ResolveTasks:
+    """These tasks have their outcomes: (task, result) pairs."""
+
+    outcomes: list[tuple[Task, Any]]
+
+
+@dataclass(slots=True, eq=False)
+class FailTask:
+    """This task will have no result, for this cause (of WorkerExited, PoolTerminated, or InitializerFailed)."""
+
+    task: Task
+    cause: Any
+
+
+@dataclass(slots=True, eq=False)
+class DropTask:
+    """Nobody waits for this task any more (its job was cancelled) and it will not start."""
+
+    task: Task
+
+
+@dataclass(slots=True, eq=False)
+class FinishJob:
+    """The job is sealed and each of its tasks has been resolved, failed or dropped; said once per job."""
+
+    job: JobId
+
+
+@dataclass(slots=True, eq=False)
+class EndPool:
+    """The end: no task and no worker is left. ``error`` is None unless workers could not start. Said once."""
+
+    error: Any
+
+
+Action = (
+    StartWorker
+    | SendTasks
+    | RecallTasks
+    | RetireWorker
+    | KillWorker
+    | ResolveTasks
+    | FailTask
+    | DropTask
+    | FinishJob
+    | EndPool
+)
