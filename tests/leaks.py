@@ -1,0 +1,177 @@
+"""What a test may leave behind: nothing. Snapshots of the process before and after, and their difference.
+
+Looked at are threads, processes, file descriptors and ``/dev/shm``. Helpers that serve the whole process and stay
+on purpose (the zygote; the standard library's resource tracker and fork server) are no leak, and neither are native
+threads, which numeric libraries keep.
+
+A look costs less than a millisecond, so that every test can afford two: processes that were there before are not
+looked at again, and only new ones have their ancestors followed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from support import ProcessInfo, process_info, processes, wait_until
+
+__all__ = ["Snapshot", "expected_descriptors", "expected_processes", "find_leaks"]
+
+# For what is on its way out. Only a test that leaks waits that long.
+DEADLINE_SECONDS = 5.0
+SHM = Path("/dev/shm")
+# Kept open by libraries for the process's life, opened at first use: hypothesis' examples, the driver of the GPU, the
+# heap of multiprocessing's shared values.
+IGNORED_TARGETS = ("/.hypothesis/", "/dev/nvidia", "/pym-")
+
+
+def expected_processes() -> set[int]:
+    """Ids of the processes that serve this whole process and outlive a test on purpose."""
+    found: set[object] = set()
+    tracker = sys.modules.get("multiprocessing.resource_tracker")
+    found.add(getattr(getattr(tracker, "_resource_tracker", None), "_pid", None))
+    server = sys.modules.get("multiprocessing.forkserver")
+    found.add(getattr(getattr(server, "_forkserver", None), "_forkserver_pid", None))
+    zygote = sys.modules.get("tpool.local.zygote")
+    if zygote is not None and hasattr(zygote, "expected_processes"):
+        found.update(zygote.expected_processes())
+    return {pid for pid in found if isinstance(pid, int)}
+
+
+def expected_descriptors() -> set[int]:
+    """Descriptors that lead to :func:`expected_processes`."""
+    found: set[object] = set()
+    tracker = sys.modules.get("multiprocessing.resource_tracker")
+    found.add(getattr(getattr(tracker, "_resource_tracker", None), "_fd", None))
+    server = sys.modules.get("multiprocessing.forkserver")
+    found.add(getattr(getattr(server, "_forkserver", None), "_forkserver_alive_fd", None))
+    zygote = sys.modules.get("tpool.local.zygote")
+    if zygote is not None and hasattr(zygote, "expected_descriptors"):
+        found.update(zygote.expected_descriptors())
+    return {fd for fd in found if isinstance(fd, int)}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What there is now."""
+
+    threads: frozenset[threading.Thread]
+    pids: frozenset[int]  # of the whole machine: reading their parents would cost more than the listing
+    descriptors: frozenset[tuple[int, str]]  # with what they lead to, as a number is used again
+    shm: frozenset[str]
+
+    @classmethod
+    def take(cls) -> Snapshot:
+        """Look around."""
+        return cls(frozenset(_threads()), frozenset(_pids()), frozenset(_descriptors()), frozenset(_shm_names()))
+
+    def leaks(self) -> list[str]:
+        """What is there now that was not there then, in words."""
+        found = [f"thread {thread.name}" for thread in _threads() if thread not in self.threads]
+        found += [str(info) for info in _new_processes(self.pids)]
+        expected = expected_descriptors()
+        found += [
+            f"descriptor {fd} -> {target}"
+            for fd, target in _descriptors()
+            if (fd, target) not in self.descriptors and fd not in expected
+        ]
+        return found + [f"/dev/shm/{name}" for name in _shm_names() if name not in self.shm]
+
+
+def find_leaks(before: Snapshot, deadline: float | None = None) -> list[str]:
+    """Tell what was left since ``before`` and does not go away by itself.
+
+    Args:
+        before: how it was.
+        deadline: seconds for what is on its way out; by default ``DEADLINE_SECONDS``.
+    """
+    if not before.leaks():
+        return []
+    # What only a reference cycle keeps (a pytest.raises block makes one) belongs to nobody any more.
+    gc.collect()
+    try:
+        wait_until(lambda: not before.leaks(), DEADLINE_SECONDS if deadline is None else deadline)
+    except AssertionError:
+        return [leak for leak in before.leaks() if not _belongs_to_others(leak)]
+    return []
+
+
+def _threads() -> Iterator[threading.Thread]:
+    # A dummy stands for a native thread that once called Python; it is nobody's to end.
+    return (thread for thread in threading.enumerate() if not isinstance(thread, threading._DummyThread))
+
+
+def _pids() -> Iterator[int]:
+    return (int(name) for name in os.listdir("/proc") if name.isdigit())
+
+
+def _descriptors() -> Iterator[tuple[int, str]]:
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the listing's own, closed since
+            target = os.readlink(f"/proc/self/fd/{name}")
+            if not any(part in target for part in IGNORED_TARGETS):
+                yield int(name), target
+
+
+def _shm_names() -> list[str]:
+    return os.listdir(SHM) if SHM.is_dir() else []
+
+
+def _new_processes(before: frozenset[int]) -> Iterator[ProcessInfo]:
+    """Our descendants that were not there, zombies too, and orphans that they left."""
+    expected = expected_processes()
+    ancestors = _ancestors(os.getpid())
+    for pid in _pids():
+        if pid in before or pid in expected:
+            continue
+        info = process_info(pid)
+        if info is not None and (_descends_from_us(info) or _is_our_orphan(info, ancestors)):
+            yield info
+
+
+def _ancestors(pid: int) -> list[int]:
+    """Parent, grandparent and so on, up to init."""
+    found: list[int] = []
+    while pid > 1 and (info := process_info(pid)) is not None:
+        pid = info.parent
+        found.append(pid)
+    return found
+
+
+def _descends_from_us(info: ProcessInfo) -> bool:
+    return os.getpid() in _ancestors(info.pid)
+
+
+def _is_our_orphan(info: ProcessInfo, ancestors: list[int]) -> bool:
+    """Whether it runs and was started by a descendant of ours that is gone.
+
+    Such a process keeps our group and is handed to init or to a reaper among our ancestors. Our own parent does
+    not count unless it is init: what it starts beside us (another test run) is in our group too. Dead orphans
+    are init's to reap.
+    """
+    return info.alive and info.group == os.getpgrp() and info.parent in {1, *ancestors[1:]}
+
+
+def _belongs_to_others(leak: str) -> bool:
+    """Whether this is an entry of /dev/shm that a process which is not ours named after itself, or has mapped."""
+    if not leak.startswith(str(SHM)):
+        return False
+    # torch, joblib and multiprocessing put the maker's id first: torch_<pid>_<random>_<count>, pym-<pid>-<random>.
+    maker = next((int(part) for part in re.split("[-_.]", leak) if part.isdigit()), 0)
+    return any(
+        (info.pid == maker or leak in _maps(info.pid)) and info.pid != os.getpid() and not _descends_from_us(info)
+        for info in processes()
+    )
+
+
+def _maps(pid: int) -> str:
+    with contextlib.suppress(OSError):  # gone, or another user's
+        return Path(f"/proc/{pid}/maps").read_text(errors="replace")
+    return ""

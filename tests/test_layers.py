@@ -1,0 +1,94 @@
+"""A module imports only from rows above its own; DESIGN's order, checked in the source."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "tpool"
+
+# From the ground up. Modules of one row may not import each other.
+ROWS = [
+    ["tpool.errors"],
+    ["tpool.messages"],
+    ["tpool.dispatch"],
+    ["tpool.scheduler"],
+    ["tpool.tensors.budget", "tpool.tensors.memfd", "tpool.tensors.extents"],
+    ["tpool.tensors.ledger"],
+    ["tpool.tensors.arena"],
+    ["tpool.tensors.leases"],
+    ["tpool.tensors.payload", "tpool.tensors.torch_private"],
+    ["tpool.tensors.reducers"],
+    ["tpool.tensors.definitions"],
+    ["tpool.tensors.pickler"],
+    ["tpool.local.cpus", "tpool.local.channel", "tpool.local.identity"],
+    ["tpool.local.wire"],
+    ["tpool.local.worker"],
+    ["tpool.local.zygote"],
+    ["tpool.local.launch"],
+    ["tpool.local.setup"],
+    ["tpool.engine"],
+    ["tpool.local.engine"],
+    ["tpool.results"],
+    ["tpool.handler"],
+    ["tpool.feeder"],
+    ["tpool.pool"],
+    ["tpool"],
+]
+ROW_OF = {name: number for number, row in enumerate(ROWS) for name in row}
+PACKAGES = {"tpool.tensors", "tpool.local"}
+# What a pure module may not touch.
+IMPURE = {"os", "time", "threading", "torch", "logging", "socket", "select", "multiprocessing"}
+PURE = ["tpool.errors", "tpool.messages", "tpool.dispatch", "tpool.scheduler"]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(path: Path) -> set[str]:
+    """The modules that a file imports, anywhere in it; ``from tpool.local import wire`` counts as the submodule."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            submodules = names & MODULES.keys()
+            found |= submodules
+            if len(submodules) < len(names):
+                found.add(node.module)
+    return found
+
+
+def test_every_module_has_a_row():
+    assert MODULES.keys() - PACKAGES == ROW_OF.keys()
+
+
+@pytest.mark.parametrize("name", sorted(MODULES.keys() - PACKAGES))
+def test_imports_only_from_rows_above(name):
+    inside = {found for found in imports(MODULES[name]) if found == "tpool" or found.startswith("tpool.")}
+    too_high = {found for found in inside if ROW_OF.get(found, -1) >= ROW_OF[name]}
+    assert not too_high
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_the_scheduler_is_pure(name):
+    assert not {found.partition(".")[0] for found in imports(MODULES[name])} & IMPURE
+
+
+def test_nothing_of_the_standard_librarys_pool():
+    for path in MODULES.values():
+        assert "multiprocessing.pool" not in imports(path), path
+
+
+def test_modules_stay_small():
+    long = {name: lines for name, path in MODULES.items() if (lines := len(path.read_text().splitlines())) > 400}
+    assert not long

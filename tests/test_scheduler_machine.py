@@ -1,0 +1,623 @@
+"""All the promises of the scheduler at once: hypothesis plays the outside world against it.
+
+The machine keeps its own model, from events and actions alone, of where each task is and what each worker does. Every
+action is checked against it as it is carried out (``do_…``), and everything that must hold in between after each step
+(``settle_accounts``, numbered as the invariants of the design). In the end the world is driven to its end, and
+whatever has not been resolved by then is a lost wake-up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from tpool.dispatch import AHEAD_SECONDS, MAX_BATCH, RECALL_SECONDS
+from tpool.errors import ProtocolError
+from tpool.messages import (
+    DropTask,
+    EndPool,
+    FailTask,
+    FinishJob,
+    InitializerFailed,
+    JobCancelled,
+    JobId,
+    JobOpened,
+    JobSealed,
+    KillWorker,
+    PoolClosed,
+    PoolTerminated,
+    RecallSettled,
+    RecallTasks,
+    ResolveTasks,
+    RetireWorker,
+    SendTasks,
+    StartWorker,
+    Task,
+    TasksFinished,
+    TasksRecalled,
+    TasksSubmitted,
+    TimePassed,
+    WorkerBecameReady,
+    WorkerExited,
+    WorkerId,
+)
+from tpool.scheduler import MAX_START_FAILURES, Scheduler
+
+Key = tuple[int, int]  # (job, index)
+
+SHORT = AHEAD_SECONDS / 1000
+PACES = [SHORT, SHORT, SHORT, SHORT, AHEAD_SECONDS / 4, AHEAD_SECONDS, 1.0]  # seconds that a job's tasks mostly take
+SELDOM = st.sampled_from([False] * 5 + [True])
+
+
+@dataclass(eq=False)
+class ModelWorker:
+    id: int
+    slot: int
+    state: str = "starting"  # ready, asked, settling, retiring, killed
+    held: list[Task] = field(default_factory=list)
+    started: int = 0  # how many of the held tasks must have been started, as only others are recalled
+    given: int = 0
+    since: float = 0.0  # it has held two or more for so long, without a result
+    heard_at: float = 0.0  # its last result, or the message that ended its idleness
+    stuck: bool = False  # recalled from, and no result since it was sent something new
+
+
+@dataclass(eq=False)
+class ModelJob:
+    id: int
+    batch: int
+    pace: float
+    count: int = 0
+    sealed: bool = False  # by JobSealed
+    cancelled: bool = False
+    finished: bool = False
+    queue: dict[int, Task] = field(default_factory=dict)
+    durations: list[float] = field(default_factory=list)
+    turn: int = 0  # the number of messages before it came to wait for its turn
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """The outside world: callers, feeder, engine and clock."""
+
+    # Playing ------------------------------------------------------------------------------------------------------
+
+    @initialize(
+        processes=st.sampled_from([1, 2, 2, 3, 4]),
+        max_tasks=st.sampled_from([None, None, None, None, 2, 40, 200]),
+        not_ready=SELDOM,
+        peace=st.integers(0, 60),
+        pace=st.sampled_from(PACES),
+    )
+    def begin(self, processes: int, max_tasks: int | None, not_ready: bool, peace: int, pace: float) -> None:
+        self.peace = peace  # for so many steps nobody ends the pool, so that something can happen first
+        self.processes, self.max_tasks = processes, max_tasks
+        self.scheduler = Scheduler(processes, max_tasks)
+        self.now = 0.0
+        self.workers: dict[int, ModelWorker] = {}
+        self.gone: list[ModelWorker] = []
+        self.jobs: dict[int, ModelJob] = {}
+        self.unresolved: dict[Key, Task] = {}
+        self.outcome: dict[Key, str] = {}
+        self.attempts: dict[Key, int] = {}
+        self.messages = 0
+        self.start_failures = 0
+        self.closed = False
+        self.stopped: tuple[Any, Any] | None = None  # (cause, error)
+        self.ended = False
+        self.settling: list[Task] = []  # on their way back from a worker, while one event is handled
+        self.expected: list[tuple[str, Key, Any]] = []  # the outcomes that the event under way must have
+        self.carry_out(self.scheduler.begin())
+        if not not_ready:
+            for worker in list(self.workers.values()):
+                self.become_ready(worker)
+        self.begin_job(ModelJob(0, batch=1, pace=pace), tasks=40, weight=1)
+
+    def say(self, event: Any, expect: list[tuple[str, Key, Any]] | None = None) -> None:
+        self.expected = expect or []
+        actions = self.scheduler.handle(event, self.now)
+        self.carry_out(actions)
+        assert not self.expected, f"{event} should have given {self.expected}"
+        for action in actions:
+            if isinstance(action, RecallTasks):
+                self.answer_recall(self.workers[action.worker])
+
+    def carry_out(self, actions: list[Any]) -> None:
+        for action in actions:
+            getattr(self, f"do_{type(action).__name__}")(action)
+
+    def over(self) -> bool:
+        return self.stopped is not None or (self.closed and all(job.finished for job in self.jobs.values()))
+
+    def working(self, *states: str) -> list[ModelWorker]:
+        return [worker for worker in self.workers.values() if worker.state in states]
+
+    def waiting(self) -> list[ModelJob]:
+        return [job for job in self.jobs.values() if job.queue]
+
+    def idle(self) -> list[ModelWorker]:
+        return [worker for worker in self.working("ready") if not worker.held]
+
+    def loaded(self) -> list[ModelWorker]:
+        return [worker for worker in self.working("ready") if len(worker.held) >= 2]
+
+    def fits(self, worker: ModelWorker, task: Task) -> bool:
+        return self.max_tasks is None or not worker.given or worker.given + task.weight <= self.max_tasks
+
+    # What the scheduler does: is it allowed, and what changes -----------------------------------------------------
+
+    def do_StartWorker(self, action: StartWorker) -> None:
+        assert action.worker not in {worker.id for worker in self.gone} | set(self.workers), "an id was used again"
+        assert 0 <= action.slot < self.processes
+        assert action.slot not in {worker.slot for worker in self.workers.values()}, "the slot is taken"
+        assert not self.over(), "something starts after the end"
+        self.workers[action.worker] = ModelWorker(action.worker, action.slot)
+
+    def do_SendTasks(self, action: SendTasks) -> None:
+        worker = self.workers[action.worker]
+        assert worker.state == "ready", f"sent to a worker that is {worker.state}"
+        assert not self.over(), "something is sent after the end"
+        assert action.tasks, "an empty message"
+        assert len({task.job for task in action.tasks}) == 1
+        job = self.jobs[action.tasks[0].job]
+        assert [task.index for task in action.tasks] == sorted(job.queue)[: len(action.tasks)], "sent out of order"
+        self.check_turn(worker, job)
+        self.check_portion(worker, job, len(action.tasks))
+        self.messages += 1
+        job.turn = self.messages
+        if not worker.held:
+            worker.heard_at, worker.stuck = self.now, False
+        if len(worker.held) < 2:
+            worker.since = self.now
+        for task in action.tasks:
+            assert job.queue.pop(task.index) is task
+            worker.held.append(task)
+            worker.given += task.weight
+        if self.max_tasks is not None:
+            assert worker.given <= self.max_tasks, "a worker was given too much"
+
+    def check_turn(self, worker: ModelWorker, job: ModelJob) -> None:
+        """Jobs share the workers: nobody who has waited for longer is passed over, unless his task does not fit."""
+        for other in self.waiting():
+            if other.turn < job.turn:
+                assert not self.fits(worker, other.queue[min(other.queue)]), f"job {other.id} was passed over"
+
+    def check_portion(self, worker: ModelWorker, job: ModelJob, count: int) -> None:
+        assert count <= -(-len(job.queue) // (2 * len(self.workers))), "too much at the tail"
+        if not job.durations:
+            assert count <= job.batch, "too many of unknown length"
+        if min(job.durations, default=1.0) >= AHEAD_SECONDS:
+            assert count == 1 or not job.durations, "long tasks were packed"
+            assert not worker.held, "a long task, or one of unknown length, was sent ahead"
+        if worker.held:
+            assert self.idle() == [], "sent ahead while another worker is idle"
+            last = self.jobs[worker.held[-1].job]
+            assert min(last.durations, default=1.0) < AHEAD_SECONDS, "sent behind a long task"
+            assert self.now < worker.heard_at + RECALL_SECONDS, "sent ahead to a worker that is stuck"
+            assert not worker.stuck, "sent behind the task that was recalled from"
+        assert len(worker.held) + count <= MAX_BATCH or count <= job.batch
+
+    def do_RecallTasks(self, action: RecallTasks) -> None:
+        worker = self.workers[action.worker]
+        assert worker in self.loaded(), "recalled from a worker that has nothing unstarted"
+        assert self.idle(), "a recall for nobody"
+        assert not self.waiting(), "a recall while something is queued"
+        assert not self.working("asked"), "two recalls at once"
+        assert self.now >= worker.since + RECALL_SECONDS, "recalled too early"
+        worker.state = "asked"
+
+    def do_RetireWorker(self, action: RetireWorker) -> None:
+        worker = self.workers[action.worker]
+        assert worker in self.idle(), "told to retire, but busy or not ready"
+        if not self.over():
+            assert self.max_tasks is not None, "retired for no reason"
+            heads = [job.queue[min(job.queue)] for job in self.waiting()]
+            fitting = any(self.fits(worker, task) for task in heads)
+            assert worker.given >= self.max_tasks or (heads and not fitting), "retired too early"
+        worker.state = "retiring"
+
+    def do_KillWorker(self, action: KillWorker) -> None:
+        worker = self.workers[action.worker]
+        assert worker.state != "killed", "killed twice"
+        assert self.stopped is not None or (self.over() and worker.state == "starting"), "killed for no reason"
+        worker.state = "killed"
+
+    def resolve(self, task: Task, how: str, extra: Any) -> None:
+        key = (task.job, task.index)
+        assert self.unresolved.pop(key, None) is task, f"{key} {how}, but: {self.outcome.get(key, 'no such task')}"
+        assert (how, key, extra) in self.expected, f"{key} {how} ({extra}) unexpectedly"
+        self.expected.remove((how, key, extra))
+        self.outcome[key] = how
+        assert not self.jobs[task.job].finished, "an outcome after FinishJob"
+
+    def do_ResolveTasks(self, action: ResolveTasks) -> None:
+        assert [("resolved", (task.job, task.index), result) for task, result in action.outcomes] == self.expected
+        for task, result in action.outcomes:
+            self.resolve(task, "resolved", result)
+
+    def do_FailTask(self, action: FailTask) -> None:
+        self.resolve_unless_late(action.task, "failed", action.cause)
+        assert action.task.attempts == self.attempts.get((action.task.job, action.task.index), 0)
+
+    def do_DropTask(self, action: DropTask) -> None:
+        assert self.jobs[action.task.job].cancelled
+        self.resolve_unless_late(action.task, "dropped", None)
+
+    def resolve_unless_late(self, task: Task, how: str, extra: Any) -> None:
+        if self.jobs[task.job].finished:  # Only what the feeder adds to a cancelled job comes so late.
+            assert self.jobs[task.job].cancelled
+            self.unresolved.pop((task.job, task.index))
+            self.expected.remove((how, (task.job, task.index), extra))
+            self.outcome[(task.job, task.index)] = how
+        else:
+            self.resolve(task, how, extra)
+
+    def do_FinishJob(self, action: FinishJob) -> None:
+        job = self.jobs[action.job]
+        assert not job.finished, "finished twice"
+        assert job.sealed or job.cancelled, "finished before it was sealed"
+        assert not [key for key in self.unresolved if key[0] == job.id], "finished with tasks unresolved"
+        job.finished = True
+
+    def do_EndPool(self, action: EndPool) -> None:
+        assert not self.ended, "ended twice"
+        assert self.over(), "ended for no reason"
+        assert not self.workers, "ended with a worker left"
+        assert not self.unresolved, "ended with a task left"
+        assert action.error == (self.stopped[1] if self.stopped else None)
+        self.ended = True
+
+    # What callers and the feeder do -------------------------------------------------------------------------------
+
+    @precondition(lambda self: not self.closed and len(self.jobs) < 8)
+    @rule(
+        batch=st.sampled_from([1, 1, 5]),
+        pace=st.sampled_from(PACES),
+        tasks=st.sampled_from([0, 1, 5, 40, 200]),
+        weight=st.integers(1, 3),
+        seal=st.booleans(),
+    )
+    def open_job(self, batch: int, pace: float, tasks: int, weight: int, seal: bool) -> None:
+        job = ModelJob(len(self.jobs), batch, pace)
+        self.begin_job(job, tasks, weight)
+        if seal:
+            self.seal(job)
+
+    def begin_job(self, job: ModelJob, tasks: int, weight: int) -> None:
+        self.jobs[job.id] = job
+        self.say(JobOpened(JobId(job.id), job.batch))
+        self.add(job, tasks, weight)
+
+    @precondition(lambda self: self.unsealed())
+    @rule(data=st.data(), tasks=st.sampled_from([0, 1, 3, 10, 40, 200]), weight=st.integers(1, 3))
+    def submit(self, data: st.DataObject, tasks: int, weight: int) -> None:
+        self.add(data.draw(st.sampled_from(self.unsealed()), label="job"), tasks, weight)
+
+    def unsealed(self) -> list[ModelJob]:
+        return [job for job in self.jobs.values() if not job.sealed]
+
+    def add(self, job: ModelJob, count: int, weight: int) -> None:
+        if self.max_tasks is not None:  # Else a worker for each few tasks makes this slow.
+            weight, count = min(weight, self.max_tasks), min(count, 5 * self.max_tasks)
+        tasks = [Task(JobId(job.id), job.count + number, object(), weight) for number in range(count)]
+        job.count += count
+        self.unresolved |= {(task.job, task.index): task for task in tasks}
+        expect: list[tuple[str, Key, Any]] = []
+        if job.cancelled:
+            expect = [("dropped", (task.job, task.index), None) for task in tasks]
+        elif self.stopped:
+            expect = [("failed", (task.job, task.index), self.stopped[0]) for task in tasks]
+        else:
+            self.enqueue(job, tasks)
+        self.say(TasksSubmitted(JobId(job.id), tasks), expect)
+
+    def enqueue(self, job: ModelJob, tasks: list[Task]) -> None:
+        if not job.queue:
+            job.turn = self.messages
+        job.queue |= {task.index: task for task in tasks}
+
+    @precondition(lambda self: self.unsealed())
+    @rule(data=st.data())
+    def seal_job(self, data: st.DataObject) -> None:
+        self.seal(data.draw(st.sampled_from(self.unsealed()), label="job"))
+
+    def seal(self, job: ModelJob) -> None:
+        job.sealed = True
+        self.say(JobSealed(JobId(job.id)))
+
+    @precondition(lambda self: [job for job in self.jobs.values() if job.sealed])
+    @rule(data=st.data())
+    def add_to_a_sealed_job(self, data: st.DataObject) -> None:
+        job = data.draw(st.sampled_from([job for job in self.jobs.values() if job.sealed]), label="job")
+        with pytest.raises(AssertionError, match=f"job {job.id} was"):
+            self.say(TasksSubmitted(JobId(job.id), [Task(JobId(job.id), job.count, None)]))
+
+    @precondition(lambda self: self.jobs)
+    @rule(data=st.data(), luck=SELDOM)
+    def cancel(self, data: st.DataObject, luck: bool) -> None:
+        if not luck:
+            return
+        job = data.draw(st.sampled_from(list(self.jobs.values())), label="job")
+        if not job.finished:
+            job.cancelled = True
+        expect: list[tuple[str, Key, Any]] = [("dropped", (job.id, index), None) for index in job.queue]
+        job.queue.clear()
+        self.say(JobCancelled(JobId(job.id)), expect)
+
+    @precondition(lambda self: self.peace < 0 and not self.closed)
+    @rule()
+    def close(self) -> None:
+        self.closed = True
+        self.say(PoolClosed())
+
+    @precondition(lambda self: self.peace < 0)
+    @rule(luck=SELDOM)
+    def terminate(self, luck: bool) -> None:
+        if not luck:
+            return
+        expect = [] if self.stopped else self.stop("terminated", None)
+        self.say(PoolTerminated("terminated"), expect)
+
+    def stop(self, cause: Any, error: Any) -> list[tuple[str, Key, Any]]:
+        if self.ended:
+            return []
+        self.stopped = (cause, error)
+        for job in self.jobs.values():
+            job.queue.clear()
+        for worker in self.workers.values():
+            worker.held.clear()
+        return [("failed", key, cause) for key in self.unresolved]
+
+    # What workers, the engine and the clock do ----------------------------------------------------------------------
+
+    @precondition(lambda self: self.working("starting"))
+    @rule(data=st.data())
+    def ready(self, data: st.DataObject) -> None:
+        self.become_ready(data.draw(st.sampled_from(self.working("starting")), label="worker"))
+
+    def become_ready(self, worker: ModelWorker) -> None:
+        worker.state = "ready"
+        self.start_failures = 0
+        self.say(WorkerBecameReady(WorkerId(worker.id)))
+
+    @precondition(lambda self: self.peace < 0 and self.working("starting"))
+    @rule(data=st.data(), luck=SELDOM)
+    def initializer_fails(self, data: st.DataObject, luck: bool) -> None:
+        worker = data.draw(st.sampled_from(self.working("starting")), label="worker")
+        if luck:
+            self.say(InitializerFailed(WorkerId(worker.id), "init"), self.stop("init", "init"))
+
+    @precondition(lambda self: self.holding())
+    @rule(data=st.data(), odd=st.sampled_from([None] * 8 + [SHORT, 1.0]))
+    def finish(self, data: st.DataObject, odd: float | None) -> None:
+        worker = data.draw(st.sampled_from(self.holding()), label="worker")
+        count = data.draw(st.one_of(st.just(len(worker.held)), st.integers(1, len(worker.held))), label="count")
+        self.give_results(worker, count, odd)
+
+    @precondition(lambda self: self.holding())
+    @rule(
+        data=st.data(),
+        rounds=st.sampled_from([1, 3, 30]),
+        seconds=st.sampled_from([0.0, RECALL_SECONDS, RECALL_SECONDS]),
+    )
+    def finish_much(self, data: st.DataObject, rounds: int, seconds: float) -> None:
+        """All workers but one (or none) go on for a while."""
+        stuck = data.draw(st.sampled_from([*self.holding(), None]), label="stuck")
+        for _ in range(rounds):
+            for worker in self.holding():
+                if worker is not stuck and worker.held:
+                    self.give_results(worker, len(worker.held), None)
+        self.time_passes(seconds)
+
+    def holding(self) -> list[ModelWorker]:
+        return [worker for worker in self.working("ready", "settling") if worker.held]
+
+    def give_results(self, worker: ModelWorker, count: int, odd: float | None) -> None:
+        done, worker.held = worker.held[:count], worker.held[count:]
+        worker.started = max(0, worker.started - count)
+        worker.since = worker.heard_at = self.now
+        results = [(task.job, task.index, object(), odd or self.jobs[task.job].pace) for task in done]
+        for job, _, _, seconds in results:
+            self.jobs[job].durations.append(seconds)
+        expect = [("resolved", (int(job), index), result) for job, index, result, _ in results]
+        self.say(TasksFinished(WorkerId(worker.id), results), expect)
+
+    @precondition(lambda self: self.holding())
+    @rule(data=st.data(), wrong=st.sampled_from(["other index", "other job", "too many", "none"]))
+    def answer_wrongly(self, data: st.DataObject, wrong: str) -> None:
+        worker = data.draw(st.sampled_from(self.holding()), label="worker")
+        results = [(task.job, task.index, object(), 0.0) for task in worker.held]
+        job, index, result, seconds = results[-1]
+        if wrong == "other index":
+            results[-1] = (job, index + 1, result, seconds)
+        elif wrong == "other job":
+            results[-1] = (JobId(job + 1), index, result, seconds)
+        elif wrong == "too many":
+            results.append((job, index + 1, result, seconds))
+        else:
+            results.clear()
+        with pytest.raises(ProtocolError, match=f"worker {worker.id} "):
+            self.say(TasksFinished(WorkerId(worker.id), results))
+
+    def answer_recall(self, worker: ModelWorker) -> None:
+        """The engine answers at once; how many had been started is drawn from what was left to draw."""
+        unstarted = len(worker.held) - worker.started
+        count = min(unstarted, self.recall_plan)
+        if count:
+            self.come_back(worker, count)
+            worker.started = len(worker.held)
+        worker.stuck = True
+        worker.state = "settling" if count else "ready"
+        worker.since = self.now
+        self.say(TasksRecalled(WorkerId(worker.id), count), self.drops())
+
+    recall_plan = 1000
+
+    @rule(count=st.sampled_from([0, 1, 1000]))
+    def plan_recalls(self, count: int) -> None:
+        self.recall_plan = count
+
+    def come_back(self, worker: ModelWorker, count: int) -> None:
+        """The last tasks of a worker go back to their queues, or are on the way to be dropped."""
+        returned = worker.held[len(worker.held) - count :]
+        del worker.held[len(worker.held) - count :]
+        worker.given -= sum(task.weight for task in returned)
+        self.settling = [task for task in returned if self.jobs[task.job].cancelled]
+        for task in returned:
+            if task not in self.settling:
+                self.enqueue(self.jobs[task.job], [task])
+
+    def drops(self) -> list[tuple[str, Key, Any]]:
+        dropped, self.settling = self.settling, []
+        return [("dropped", (task.job, task.index), None) for task in dropped]
+
+    @precondition(lambda self: self.working("settling"))
+    @rule(data=st.data())
+    def settle(self, data: st.DataObject) -> None:
+        worker = data.draw(st.sampled_from(self.working("settling")), label="worker")
+        worker.state = "ready"
+        worker.since = self.now
+        self.say(RecallSettled(WorkerId(worker.id)))
+
+    @precondition(lambda self: self.working("retiring", "killed"))
+    @rule(data=st.data())
+    def exit(self, data: st.DataObject) -> None:
+        self.lose(data.draw(st.sampled_from(self.working("retiring", "killed")), label="worker"), 0)
+
+    @precondition(lambda self: self.workers)
+    @rule(data=st.data(), luck=st.booleans())
+    def die(self, data: st.DataObject, luck: bool) -> None:
+        """A worker is lost; if there is one, then one that holds something."""
+        worker = data.draw(st.sampled_from(self.loaded() or list(self.workers.values())), label="worker")
+        last_chance = worker.state == "starting" and self.start_failures == MAX_START_FAILURES - 1
+        if luck and (self.peace < 0 or not last_chance):
+            unstarted = len(worker.held) - worker.started
+            few = st.integers(max(0, unstarted - 1), unstarted)
+            self.lose(worker, data.draw(st.one_of(few, st.integers(0, unstarted)), label="unstarted"))
+
+    def lose(self, worker: ModelWorker, unstarted: int) -> None:
+        expect: list[tuple[str, Key, Any]] = []
+        if not self.stopped:
+            self.come_back(worker, unstarted)
+            for task in worker.held:
+                self.attempts[(task.job, task.index)] = self.attempts.get((task.job, task.index), 0) + 1
+                expect.append(("failed", (task.job, task.index), "lost"))
+            expect += self.drops()
+            worker.held.clear()
+        del self.workers[worker.id]
+        self.gone.append(worker)
+        if worker.state == "starting" and not self.stopped:
+            self.start_failures += 1
+            if self.start_failures == MAX_START_FAILURES:
+                expect = self.stop("lost", "lost")
+        self.say(WorkerExited(WorkerId(worker.id), unstarted, "lost"), expect)
+
+    @precondition(lambda self: self.gone or self.working("killed"))
+    @rule(data=st.data())
+    def speak_from_the_grave(self, data: st.DataObject) -> None:
+        """What was on the way when a worker died or was killed changes nothing."""
+        lost = self.gone[-3:] + self.working("killed")
+        worker = WorkerId(data.draw(st.sampled_from(lost), label="worker").id)
+        late: list[Any] = [TasksRecalled(worker, 0), TasksRecalled(worker, 3), RecallSettled(worker)]
+        if worker in self.workers:
+            late += [WorkerBecameReady(worker), InitializerFailed(worker, "late")]
+            late += [TasksFinished(worker, [(JobId(0), 0, "late", 0.0)])]
+        before = len(self.outcome), len(self.workers), self.messages
+        self.say(data.draw(st.sampled_from(late), label="event"))
+        assert before == (len(self.outcome), len(self.workers), self.messages)
+
+    @precondition(lambda self: self.holding())
+    @rule(seconds=st.sampled_from([0.0, RECALL_SECONDS / 4, RECALL_SECONDS / 2, RECALL_SECONDS, 1.0]))
+    def let_time_pass(self, seconds: float) -> None:
+        self.time_passes(seconds)
+
+    def time_passes(self, seconds: float) -> None:
+        """The handler sleeps, but not past ``wake_at``."""
+        until = self.now + seconds
+        while self.scheduler.wake_at is not None and self.scheduler.wake_at <= until:
+            assert self.scheduler.wake_at > self.now, "it was woken for nothing"
+            self.now = self.scheduler.wake_at
+            self.say(TimePassed())
+        self.now = until
+        self.say(TimePassed())
+
+    # What must hold in between --------------------------------------------------------------------------------------
+
+    @invariant()
+    def settle_accounts(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        self.peace -= 1
+        self.scheduler.check()
+        # 1 and 2: each task is in one place, or has its outcome.
+        held = [(task.job, task.index) for worker in self.workers.values() for task in worker.held]
+        queued = [(job.id, index) for job in self.jobs.values() for index in job.queue]
+        assert sorted(held + queued) == sorted(self.unresolved), "a task is lost or in two places"
+        for job in self.jobs.values():
+            over = not [key for key in self.unresolved if key[0] == job.id]
+            assert job.finished == (over and (job.sealed or job.cancelled)), f"job {job.id} is not finished"
+        # 4: a worker in each slot.
+        if not self.over():
+            assert sorted(worker.slot for worker in self.workers.values()) == list(range(self.processes))
+        # Nobody is idle while something waits for him.
+        assert not (self.idle() and self.waiting()), "a task waits while a worker is idle"
+        if self.max_tasks is not None:
+            assert all(worker.given < self.max_tasks for worker in self.idle()), "a worker should retire"
+        # 5: nothing waits long behind a long task, and the clock is set for when it would.
+        overdue = min((worker.since + RECALL_SECONDS for worker in self.loaded()), default=None)
+        assert self.scheduler.wake_at == (overdue if self.idle() else None)
+        assert self.scheduler.wake_at is None or self.scheduler.wake_at > self.now, "a recall is overdue"
+        # 7: the end comes when it can.
+        if self.over():
+            assert not self.working("starting"), "the end waits for an initializer"
+            assert not self.idle(), "the end waits for a worker that was not told"
+            assert not self.stopped or not self.working("ready", "asked", "settling", "retiring"), "not killed"
+            assert self.ended == (not self.workers)
+        # 8 is in do_EndPool and lose: MAX_START_FAILURES in a row, or an initializer, and then that error.
+
+    def teardown(self) -> None:
+        """Drive the world to its end: everything comes to an outcome by itself, without a clock but ``wake_at``."""
+        if not hasattr(self, "scheduler"):
+            return
+        for job in self.unsealed():
+            self.seal(job)
+        if not self.closed:
+            self.closed = True
+            self.say(PoolClosed())
+        for _ in range(10_000):
+            self.settle_accounts()
+            if self.ended:
+                break
+            self.go_on()
+        assert self.ended, "the pool never ends"
+        assert not self.unresolved
+        assert len(self.outcome) == sum(job.count for job in self.jobs.values())
+        assert all(job.finished for job in self.jobs.values())
+
+    def go_on(self) -> None:
+        """One step that a healthy world would take."""
+        for worker in list(self.workers.values()):
+            if worker.state == "starting":
+                return self.become_ready(worker)
+            if worker.state == "settling":
+                worker.state, worker.since = "ready", self.now
+                return self.say(RecallSettled(WorkerId(worker.id)))
+            if worker.state in ("retiring", "killed"):
+                return self.lose(worker, 0)
+            if worker.held:
+                return self.give_results(worker, len(worker.held), SHORT)
+        raise AssertionError("a lost wake-up: nobody has anything to do, and the pool has not ended")
+
+
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(
+    max_examples=250,
+    stateful_step_count=50,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
+)

@@ -1,0 +1,1 @@
+"""tpool: the process pool for PyTorch."""

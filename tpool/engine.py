@@ -1,0 +1,101 @@
+"""The boundary between deciding and doing: what the handler needs of whatever runs the workers.
+
+An engine carries out the scheduler's actions for workers and reports what happens to them as events. Payloads and
+results are its own: it makes them in ``encode`` and hands them back in events, and nobody between opens them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from tpool.messages import (
+    Event,
+    JobId,
+    KillWorker,
+    RecallTasks,
+    RetireWorker,
+    SendTasks,
+    StartWorker,
+)
+
+WorkerAction = StartWorker | SendTasks | RecallTasks | RetireWorker | KillWorker
+
+
+@dataclass(slots=True, eq=False)
+class WorkerLoss:
+    """Why a worker is gone; the ``cause`` of ``WorkerExited``.
+
+    Attributes:
+        worker: a name for messages, such as ``worker 3 (slot 1)``.
+        pid: its process, or None if it never had one.
+        exitcode: negative for a signal; None where unknown.
+        story: what happened, as the rest of a sentence that begins with the worker's name.
+    """
+
+    worker: str
+    pid: int | None
+    exitcode: int | None
+    story: str
+
+
+# An object ready to be sent, in the engine's own form; lives until nobody may have to send it again.
+Encoded = Any
+
+
+class Result(Protocol):
+    """What a worker answered: leased on arrival, decoded once, by whoever waits for it."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is an exception."""
+
+    @property
+    def seconds(self) -> float:
+        """How long the task ran, its decoding and encoding included."""
+
+    def take(self) -> Any:
+        """The value, or the exception object; user code runs here. Called at most once.
+
+        Raises:
+            DecodeError: it could not be unpickled.
+        """
+
+    def discard(self) -> None:
+        """Give back what it holds without decoding it."""
+
+
+class Engine(Protocol):
+    """Runs workers.
+
+    ``encode``, ``open_job`` and ``wake`` may be called from any thread; all else from the handler's.
+    """
+
+    def encode(self, obj: Any) -> Encoded:
+        """Make an object ready to be sent, in the caller's thread; may wait for memory.
+
+        Raises:
+            SharedMemoryExhausted: there is not enough shared memory.
+            Exception: whatever pickling raises.
+        """
+
+    def encoded_nbytes(self, encoded: Encoded) -> int:
+        """How much memory an encoded object takes while it waits to be sent and used."""
+
+    def open_job(self, job: JobId, mode: int, function: Encoded | None) -> None:
+        """Keep what all tasks of a job have in common; sent once to each worker that gets one of them."""
+
+    def forget_job(self, job: JobId) -> None:
+        """No task of this job will be sent any more."""
+
+    def perform(self, action: WorkerAction) -> list[Event]:
+        """Carry out an action; returns what is known of it at once."""
+
+    def wait(self, timeout: float | None) -> list[Event]:
+        """What happened; blocks until something has, ``wake`` was called, or ``timeout`` seconds have passed."""
+
+    def wake(self) -> None:
+        """Have ``wait`` return soon. Takes no lock, so finalizers may call it."""
+
+    def close(self) -> None:
+        """Let go of everything; no worker is left."""

@@ -1,0 +1,132 @@
+"""Draws an ``imap``'s input and pickles it, in a thread of its own, only as fast as results are consumed.
+
+A slow, blocked or raising iterable, and slow user reducers, are this thread's affair and stall nobody else.
+
+Back-pressure: at most ``window`` items are drawn and not yet consumed, and beyond a handful no more than
+``max_nbytes``. The default window is a few tasks per worker; only tasks that run for microseconds and carry little get
+a wider one, since they travel many to a message.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from tpool.handler import Handler
+from tpool.messages import JobCancelled, JobId, JobSealed, Task
+from tpool.results import Failure
+from tpool.streams import Stream
+
+# Enough that no worker waits while the consumer is a little slow; each one more holds one more result in memory.
+TASKS_PER_WORKER = 4
+# For microsecond tasks: several messages' worth for each worker. More gained nothing, and delays the end of a stream.
+MAX_TASKS_PER_WORKER = 256
+WIDE_TASK_SECONDS = 200e-6
+WIDE_ITEM_NBYTES = 4096
+
+
+class Feeder:
+    """Feeds one stream; everything but the constructor runs in its own thread.
+
+    Args:
+        handler: takes the tasks.
+        job: the job they belong to.
+        stream: tells how far the consumer is.
+        iterator: the input.
+        processes: how many workers there are.
+        window: the most items drawn and not consumed; None adapts.
+        max_nbytes: the most bytes drawn and not consumed, beyond one item per worker.
+    """
+
+    def __init__(
+        self,
+        handler: Handler,
+        job: JobId,
+        stream: Stream,
+        iterator: Iterable[Any],
+        processes: int,
+        window: int | None,
+        max_nbytes: int,
+    ) -> None:
+        self._handler = handler
+        self._job = job
+        self._stream = stream
+        self._iterable: Iterable[Any] | None = iterator
+        self._processes = processes
+        self._window = window
+        self._max_nbytes = max_nbytes
+        self._drawn = 0
+        self._drawn_nbytes = 0  # of all items so far; their mean estimates what is outstanding
+
+    def start(self) -> None:
+        """Start the thread. It is daemonic: an input that blocks for ever must not hold up the interpreter's exit."""
+        threading.Thread(target=self._run, name=f"tpool-feeder-{self._job}", daemon=True).start()
+
+    def _run(self) -> None:
+        stream = self._stream
+        assert self._iterable is not None
+        try:
+            iterator = iter(self._iterable)
+            self._iterable = None
+            self._feed(iterator)
+        except BaseException as error:  # the input's own; it takes the place of the item it should have given
+            stream.resolve(self._drawn, Failure(error))
+            self._drawn += 1
+        finally:
+            if stream.cancelled:
+                self._handler.post(JobCancelled(self._job))
+            stream.set_length(self._drawn)
+            self._handler.post(JobSealed(self._job))
+
+    def _feed(self, iterator: Iterator[Any]) -> None:
+        stream = self._stream
+        while True:
+            if not self._has_room():
+                self._wait_for_room()
+            if stream.cancelled:
+                return
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            index = self._drawn
+            self._drawn += 1
+            self._send(index, item)
+            del item  # held by nobody but its payload from here
+
+    def _send(self, index: int, item: Any) -> None:
+        try:
+            payload = self._handler.engine.encode(item)
+        except BaseException as error:
+            self._stream.resolve(index, Failure(error))
+            return
+        self._drawn_nbytes += self._handler.engine.encoded_nbytes(payload)
+        self._handler.submit(Task(self._job, index, payload))
+
+    def _limit(self) -> int:
+        """How many items may be outstanding now."""
+        mean_nbytes = self._drawn_nbytes // max(1, self._drawn)
+        if self._window is not None:
+            limit = self._window
+        elif mean_nbytes <= WIDE_ITEM_NBYTES and 0 < self._stream.seconds < WIDE_TASK_SECONDS:
+            limit = MAX_TASKS_PER_WORKER * self._processes
+        else:
+            limit = TASKS_PER_WORKER * self._processes
+        if mean_nbytes * limit > self._max_nbytes:
+            limit = min(limit, max(self._processes, self._max_nbytes // mean_nbytes))
+        return limit
+
+    def _has_room(self) -> bool:
+        return self._drawn - self._stream.consumed < self._limit()
+
+    def _wait_for_room(self) -> None:
+        stream = self._stream
+        while not stream.cancelled:
+            limit = self._limit()
+            # Woken at a quarter free, not at each item: a switch of threads costs more than drawing an item.
+            stream.feeder_waits_below = self._drawn - limit + max(1, limit // 4)
+            if self._drawn - stream.consumed < limit:
+                stream.feeder_waits_below = -1
+                return
+            stream.room.get()

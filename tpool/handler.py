@@ -1,0 +1,321 @@
+"""The result-handler thread: the loop that joins scheduler, engine and results. One per pool.
+
+    callers, feeders ── post, submit ──► inbox ─┐
+                                                ├─► Scheduler.handle ─► actions ─┬─► engine.perform
+    engine.wait ──────── events ────────────────┘                                └─► sinks (results)
+
+No user code runs in this thread, and it never waits for memory or for a caller.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import logging
+import os
+import signal
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable
+from time import monotonic
+from typing import Any
+
+from tpool.engine import Encoded, Engine, Result, WorkerLoss
+from tpool.errors import (
+    PoolTerminatedError,
+    ProtocolError,
+    TpoolError,
+    WorkerLostError,
+    WorkerStartError,
+)
+from tpool.messages import (
+    Action,
+    DropTask,
+    EndPool,
+    Event,
+    FailTask,
+    FinishJob,
+    JobId,
+    JobOpened,
+    KillWorker,
+    PoolTerminated,
+    RecallTasks,
+    ResolveTasks,
+    RetireWorker,
+    SendTasks,
+    StartWorker,
+    Task,
+    TasksSubmitted,
+    TimePassed,
+    WorkerId,
+)
+from tpool.results import Callbacks, Failure, SharedFailure, Sink
+from tpool.scheduler import Scheduler
+
+logger = logging.getLogger("tpool")
+
+# At the interpreter's exit: long enough to kill workers in good order, short enough that nobody waits for a stuck one;
+# what is left then dies with this process anyway.
+EXIT_SECONDS = 2.0
+
+
+class Handler:
+    """Runs a pool.
+
+    Args:
+        engine: runs the workers; closed by this thread at the end.
+        scheduler: decides.
+        callbacks: told when no more results will come.
+        name: of the pool, for threads and messages.
+
+    Shared data: ``_inbox`` and ``_sinks`` are written by callers and read here, each in single atomic steps;
+    ``_asleep`` is written here and read by callers, who append before they look, while this thread sets it before it
+    looks at the inbox: one of the two always notices.
+    """
+
+    def __init__(self, engine: Engine, scheduler: Scheduler, callbacks: Callbacks, name: str) -> None:
+        self.engine = engine
+        self._scheduler = scheduler
+        self._callbacks = callbacks
+        self._pid = os.getpid()
+        self._inbox: deque[Event | Task] = deque()
+        self._sinks: dict[JobId, Sink] = {}
+        self._job_ids = itertools.count(1)
+        self._asleep = False
+        self._followups: deque[Event] = deque()
+        self._ended = threading.Event()
+        self._last_words: Failure | SharedFailure | None = None  # what tasks without an outcome get, once known
+        self.error: Failure | SharedFailure | None = None  # why the pool ended by itself
+        self.tasks_done = 0
+        self.workers_lost = 0
+        self._actions: dict[type[Any], Callable[[Any], None]] = {
+            StartWorker: self._pass_on,
+            SendTasks: self._pass_on,
+            RecallTasks: self._pass_on,
+            RetireWorker: self._pass_on,
+            KillWorker: self._pass_on,
+            ResolveTasks: self._resolve,
+            FailTask: self._fail,
+            DropTask: self._drop,
+            FinishJob: self._finish,
+            EndPool: self._end,
+        }
+        # Daemonic, so that a program that ends without closing its pool ends.
+        self._thread = threading.Thread(target=self._run, name=f"{name}-handler", daemon=True)
+
+    # Any thread -----------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the thread; called once."""
+        atexit.register(self._at_exit)
+        self._thread.start()
+
+    def open_job(self, sink: Sink, mode: int, function: Encoded | None = None, batch: int = 1) -> JobId:
+        """Make a job known, before its tasks."""
+        job = JobId(next(self._job_ids))
+        self._sinks[job] = sink
+        self.engine.open_job(job, mode, function)
+        self.post(JobOpened(job, batch))
+        return job
+
+    def submit(self, task: Task) -> None:
+        """Add a task to the end of its job."""
+        self._post(task)
+
+    def post(self, event: Event) -> None:
+        """Tell the scheduler; takes no lock, so finalizers may call it."""
+        self._post(event)
+
+    def _post(self, item: Event | Task) -> None:
+        self._inbox.append(item)
+        if self._asleep:
+            self.engine.wake()
+        if self._ended.is_set():
+            self._abandon_all()
+
+    def terminate(self) -> None:
+        """Stop everything; returns at once."""
+        self.post(PoolTerminated(None))
+
+    def join(self, timeout: float | None) -> bool:
+        """Wait for the end; returns whether it came."""
+        if threading.current_thread() is self._thread:
+            return False
+        return self._ended.wait(timeout)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the pool has come to its end."""
+        return self._ended.is_set()
+
+    def forget_pool(self, description: str) -> None:
+        """The pool object was collected; called by its finalizer."""
+        if self._ended.is_set() or os.getpid() != self._pid:
+            return
+        self.terminate()
+        warnings.warn(f"unclosed running multiprocessing pool {description}", ResourceWarning, stacklevel=2)
+
+    def _at_exit(self) -> None:
+        if os.getpid() == self._pid:  # a forked child inherits the hook, not the pool
+            self.terminate()
+            self._ended.wait(EXIT_SECONDS)
+
+    # The loop -------------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._carry_out(self._scheduler.begin())
+            while not self._ended.is_set():
+                self._take_inbox()
+                self._take_events()
+        except BaseException as error:  # our bug; whoever waits must hear of it
+            logger.exception("the pool's handler failed")
+            self._collapse(error)
+
+    def _take_inbox(self) -> None:
+        inbox = self._inbox
+        while inbox:
+            item = inbox.popleft()
+            if type(item) is Task:
+                tasks = [item]
+                while inbox and type(inbox[0]) is Task and inbox[0].job == item.job:
+                    tasks.append(inbox.popleft())  # type: ignore[arg-type]
+                self._handle(TasksSubmitted(item.job, tasks))
+            else:
+                self._handle(item)  # type: ignore[arg-type]
+
+    def _take_events(self) -> None:
+        if self._ended.is_set():
+            return
+        self._asleep = True
+        timeout: float | None = None
+        if self._inbox:
+            timeout = 0.0
+        elif self._scheduler.wake_at is not None:
+            timeout = max(0.0, self._scheduler.wake_at - monotonic())
+        events = self.engine.wait(timeout)
+        self._asleep = False
+        for event in events:
+            self._handle(event)
+        wake_at = self._scheduler.wake_at
+        if wake_at is not None and monotonic() >= wake_at:
+            self._handle(TimePassed())
+
+    def _handle(self, event: Event) -> None:
+        try:
+            actions = self._scheduler.handle(event, monotonic())
+        except ProtocolError as error:
+            worker: WorkerId = event.worker  # type: ignore[union-attr]
+            logger.warning("worker %s is killed: %s", worker, error)
+            self._pass_on(KillWorker(worker))
+            return
+        self._carry_out(actions)
+        while self._followups:
+            # Only after all actions of one event, so that they are carried out in the scheduler's order.
+            self._handle(self._followups.popleft())
+
+    def _carry_out(self, actions: list[Action]) -> None:
+        table = self._actions
+        for action in actions:
+            table[type(action)](action)
+
+    # Actions --------------------------------------------------------------------------------------------------------
+
+    def _pass_on(self, action: Any) -> None:
+        self._followups.extend(self.engine.perform(action))
+
+    def _resolve(self, action: ResolveTasks) -> None:
+        sinks = self._sinks
+        self.tasks_done += len(action.outcomes)
+        for task, result in action.outcomes:
+            sinks[task.job].resolve(task.index, result)
+
+    def _fail(self, action: FailTask) -> None:
+        task = action.task
+        sink = self._sinks[task.job]
+        sink.resolve(task.index, self._explain(action.cause, task, sink))
+
+    def _explain(self, cause: Any, task: Task, sink: Sink) -> Result:
+        if isinstance(cause, WorkerLoss):
+            self.workers_lost += 1
+            message = f"{_tell(cause)} while it ran task {task.index} of {sink.story}"
+            logger.warning("%s", message)
+            return Failure(WorkerLostError(message + _ADVICE, cause.pid, cause.exitcode))
+        if cause is None:
+            return Failure(_terminated(sink.story))
+        return self._failure_to_start(cause)
+
+    def _failure_to_start(self, cause: Any) -> Failure | SharedFailure:
+        """One and the same for all tasks of the pool."""
+        if self.error is None:
+            if isinstance(cause, WorkerLoss):
+                message = (
+                    f"the pool gave up: its workers cannot start; the last one, {_tell(cause)} before it was ready"
+                )
+                self.error = Failure(WorkerStartError(message))
+            else:
+                self.error = SharedFailure(cause)
+        return self.error
+
+    def _drop(self, action: DropTask) -> None:
+        """Nobody waits for it; its payload goes with it."""
+
+    def _finish(self, action: FinishJob) -> None:
+        self.engine.forget_job(action.job)
+        self._sinks.pop(action.job).finish()
+
+    def _end(self, action: EndPool) -> None:
+        if action.error is not None:
+            self._failure_to_start(action.error)
+        self.engine.close()
+        self._conclude(self.error or Failure(_terminated("this pool")))
+
+    # The end --------------------------------------------------------------------------------------------------------
+
+    def _collapse(self, error: BaseException) -> None:
+        """Our bug: end the pool with it. Closing the engine's connections ends its workers."""
+        self.error = Failure(TpoolError(f"the pool failed by a bug of tpool: {error!r}"))
+        self.error.take().__cause__ = error
+        try:
+            self.engine.close()
+        finally:
+            self._conclude(self.error)
+
+    def _conclude(self, failure: Failure | SharedFailure) -> None:
+        self._last_words = failure
+        self._ended.set()
+        self._abandon_all()
+        self._callbacks.end()
+        atexit.unregister(self._at_exit)
+
+    def _abandon_all(self) -> None:
+        """Whatever was submitted in the moment of the end has an outcome too."""
+        assert self._last_words is not None
+        self._inbox.clear()
+        while self._sinks:
+            _, sink = self._sinks.popitem()
+            sink.abandon(self._last_words)
+
+
+_ADVICE = ". Its memory was probably exhausted, or its code crashed; the pool goes on with a new worker"
+
+
+def _terminated(story: str) -> PoolTerminatedError:
+    return PoolTerminatedError(f"the pool was terminated before {story} had its result")
+
+
+def _tell(loss: WorkerLoss) -> str:
+    """What happened to a worker, as the beginning of a sentence."""
+    who = loss.worker if loss.pid is None else f"{loss.worker}, pid {loss.pid},"
+    if loss.story:
+        return f"{who} {loss.story}"
+    if loss.exitcode is None:
+        return f"{who} was lost (its exit status could not be had: the process that started it died too)"
+    if loss.exitcode < 0:
+        try:
+            name = signal.Signals(-loss.exitcode).name
+        except ValueError:
+            name = f"signal {-loss.exitcode}"
+        return f"{who} was killed by {name}"
+    return f"{who} exited with code {loss.exitcode}"

@@ -1,0 +1,322 @@
+"""The worker supervisor: starts, watches, feeds, reaps and kills the worker processes of one pool.
+
+    actions ─► perform ─► launcher (zygote, fork, spawn)
+                     └──► channel of each member ─► frames
+    events  ◄─ wait ◄──── epoll over channels, pidfds, launcher, wake
+
+All state but what ``encode`` and ``open_job`` touch belongs to the handler's thread.
+
+Invariants:
+
+- A worker's exit is believed when its pidfd says so *and* its status was reaped (or its zygote died), and only after
+  its channel was read dry; so a result that was written before the death is delivered before it.
+- Claims are posted before the tasks are sent. What is left of them at the end are the tasks that never started.
+- A slot's arena and peer outlive its workers; what the dead one had lent stays valid and is told to the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from tpool.engine import WorkerAction
+from tpool.errors import ProtocolError
+from tpool.local import wire
+from tpool.local.channel import Channel, channel_pair
+from tpool.local.launch import Launched, Launcher, LaunchEvent, LaunchFailed, Reaped
+from tpool.local.member import Jobs, Member, Traffic
+from tpool.local.setup import PoolMemory, Settings, make_launcher
+from tpool.local.wire import Kind
+from tpool.messages import (
+    Event,
+    JobId,
+    KillWorker,
+    RecallTasks,
+    RetireWorker,
+    SendTasks,
+    StartWorker,
+    TasksRecalled,
+    WorkerExited,
+)
+from tpool.tensors.payload import Payload
+
+# How often the handler looks for memory that died without a message while somebody waits for some.
+STARVING_SECONDS = 0.01
+
+Source = Callable[[int, list[Event]], None]
+
+
+class LocalEngine:
+    """Runs workers as processes of this machine; see ``tpool.engine.Engine``.
+
+    Args:
+        settings: what the user asked for.
+
+    The caller's thread makes it; from the first ``perform`` on, the handler's thread owns it.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.traffic = Traffic()
+        # Callers wait here for memory; the handler's thread says when some may have come back.
+        self._memory_news = threading.Condition(threading.Lock())
+        self._memory_waiters = 0
+        self._memory = PoolMemory(settings, self._wait_for_memory)
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._jobs: Jobs = {}
+        self._initializer: Payload | None = None
+        try:
+            if settings.method != "fork":
+                self._initializer = self._encode_initializer()
+        except BaseException:
+            os.close(self._wake_fd)
+            self._memory.close()
+            raise
+        self._members: dict[int, Member] = {}
+        self._launched = 0
+        self._epoll = select.epoll()
+        self._sources: dict[int, Source] = {}
+        self._watch(self._wake_fd, self._on_wake)
+        self._launcher: Launcher = make_launcher(settings, self._memory.baseline, self._close_inherited)
+        self._launcher_fd: int | None = None
+        self._watch_launcher()
+
+    def _encode_initializer(self) -> Payload:
+        settings = self._settings
+        return self._memory.codec.dumps((settings.initializer, settings.initargs), spawning=True)
+
+    # Any thread -----------------------------------------------------------------------------------------------------
+
+    def encode(self, obj: Any) -> Payload:
+        """See Engine."""
+        return self._memory.codec.dumps(obj)
+
+    def encoded_nbytes(self, encoded: Payload) -> int:
+        """See Engine."""
+        data_nbytes = len(encoded.data) if isinstance(encoded.data, bytes) else 0
+        return data_nbytes + wire.moved_nbytes(encoded)
+
+    def open_job(self, job: JobId, mode: int, function: Payload | None) -> None:
+        """See Engine."""
+        if function is not None:
+            self._jobs[job] = (mode, function)
+
+    def wake(self) -> None:
+        """See Engine."""
+        with contextlib.suppress(OSError):  # closed meanwhile: nobody is left to wake
+            os.eventfd_write(self._wake_fd, 1)
+
+    def _wait_for_memory(self, seconds: float) -> bool:
+        """In a thread that encodes: wait until some memory may have come back; see ``tensors.leases.Memory``."""
+        self._memory_waiters += (
+            1  # a lost update makes the handler notify once too often or too seldom; we look anyway
+        )
+        try:
+            self.wake()
+            with self._memory_news:
+                # Memory that this process itself drops is only found by looking, hence the short wait.
+                self._memory_news.wait(min(seconds, STARVING_SECONDS))
+        finally:
+            self._memory_waiters -= 1
+        return True
+
+    # Actions --------------------------------------------------------------------------------------------------------
+
+    def forget_job(self, job: JobId) -> None:
+        """See Engine."""
+        if self._jobs.pop(job, None) is not None:
+            for member in self._members.values():
+                member.forget_job(job)
+
+    def perform(self, action: WorkerAction) -> list[Event]:
+        """See Engine."""
+        if isinstance(action, StartWorker):
+            return self._start(action)
+        member = self._members.get(action.worker)
+        if member is None:
+            return []  # it is gone, and the scheduler is about to hear of it
+        if isinstance(action, SendTasks):
+            member.put_tasks(action.tasks)
+            self._flush(member)
+        elif isinstance(action, RecallTasks):
+            return [TasksRecalled(action.worker, member.recall())]
+        elif isinstance(action, RetireWorker):
+            member.put_news()
+            member.channel.put(Kind.RETIRE, b"")
+            self._flush(member)
+        elif isinstance(action, KillWorker):
+            member.kill()
+        return []
+
+    def _start(self, action: StartWorker) -> list[Event]:
+        ours, theirs = channel_pair()
+        claims_fd = os.eventfd(0, os.EFD_SEMAPHORE | os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        slot = int(action.slot)
+        member = Member(action.worker, slot, Channel(ours), claims_fd, self._memory, self._jobs, self.traffic)
+        self._members[action.worker] = member
+        self._launched += 1
+        hello, fds = self._memory.hello(slot, self._launched)
+        member.channel.put(Kind.HELLO, hello, fds)
+        if self._initializer is not None:
+            member.put_initializer(self._initializer)
+        self._watch(member.channel.fileno(), lambda mask, events: self._on_channel(member, mask, events))
+        self._flush(member)
+        events: list[Event] = []
+        with theirs:
+            self._take_launch_events(self._launcher.launch(action.worker, theirs.fileno(), claims_fd), events)
+        return events
+
+    # Events ---------------------------------------------------------------------------------------------------------
+
+    def wait(self, timeout: float | None) -> list[Event]:
+        """See Engine."""
+        ready = self._epoll.poll(0)
+        if not ready:
+            self._tidy_up()
+            if self._memory_waiters or any(member.starving for member in self._members.values()):
+                timeout = STARVING_SECONDS if timeout is None else min(timeout, STARVING_SECONDS)
+            ready = self._epoll.poll(timeout)
+        events: list[Event] = []
+        for fd, mask in ready:
+            source = self._sources.get(fd)
+            if source is not None:  # an earlier one of this round may have closed it
+                source(mask, events)
+        if self._memory_waiters:
+            with self._memory_news:
+                self._memory_news.notify_all()
+        return events
+
+    def _tidy_up(self) -> None:
+        """Before this thread blocks: give back what died, so that nobody waits for it."""
+        self._memory.table.collect()
+        for member in self._members.values():
+            if member.pidfd is not None and not member.ended and member.put_news():
+                self._flush(member)
+
+    def _on_wake(self, mask: int, events: list[Event]) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake_fd)
+
+    def _on_channel(self, member: Member, mask: int, events: list[Event]) -> None:
+        if mask & select.EPOLLOUT:
+            self._flush(member)
+        if mask & ~select.EPOLLOUT:
+            self._read(member, events)
+
+    def _read(self, member: Member, events: list[Event]) -> bool:
+        """Read once; returns whether more may come."""
+        try:
+            member.understand(member.channel.receive(), events)
+        except BlockingIOError:
+            return False
+        except ProtocolError as error:
+            self._unwatch(member.channel.fileno())
+            member.give_up(f"sent something that is no message of ours ({error})")
+            return False
+        except (EOFError, OSError):
+            # It is exiting, and a signal changes nothing any more; or it closed its descriptors and is of no use.
+            self._unwatch(member.channel.fileno())
+            member.kill()
+            return False
+        return True
+
+    # Processes ------------------------------------------------------------------------------------------------------
+
+    def _on_launcher(self, mask: int, events: list[Event]) -> None:
+        self._take_launch_events(self._launcher.receive(), events)
+        self._watch_launcher()
+
+    def _watch_launcher(self) -> None:
+        """The launcher may have a new descriptor after each call: a new zygote's."""
+        if self._launcher_fd is not None:
+            self._unwatch(self._launcher_fd)
+        self._launcher_fd = self._launcher.fileno()
+        if self._launcher_fd is not None:
+            self._watch(self._launcher_fd, self._on_launcher)
+
+    def _take_launch_events(self, launched: list[LaunchEvent], events: list[Event]) -> None:
+        for event in launched:
+            member = self._members.get(event.token)
+            if member is None:
+                if isinstance(event, Launched):
+                    os.close(event.pidfd)
+                continue
+            if isinstance(event, Launched):
+                member.launched(event.pid, event.pidfd)
+                self._watch_process(member, event.pidfd)
+            elif isinstance(event, LaunchFailed):
+                member.story = f"could not be started: {event.reason}"
+                member.ended = member.reaped = True
+            else:
+                assert isinstance(event, Reaped)
+                member.reaped, member.exitcode = True, event.exitcode
+            self._finish_if_gone(member, events)
+
+    def _watch_process(self, member: Member, pidfd: int) -> None:
+        self._watch(pidfd, lambda mask, events: self._on_pidfd(member, events))
+
+    def _on_pidfd(self, member: Member, events: list[Event]) -> None:
+        assert member.pidfd is not None
+        member.ended = True
+        self._unwatch(member.pidfd)  # it stays readable
+        self._take_launch_events(self._launcher.reap(int(member.id), member.pidfd), events)
+        self._finish_if_gone(member, events)
+
+    def _finish_if_gone(self, member: Member, events: list[Event]) -> None:
+        """Believe the death: but first hear what the dead one had still said."""
+        if not (member.ended and member.reaped) or member.id not in self._members:
+            return
+        while member.channel.fileno() in self._sources and self._read(member, events):
+            pass
+        del self._members[member.id]
+        self._unwatch(member.channel.fileno())
+        unstarted = member.drain_claims()
+        events.append(WorkerExited(member.id, unstarted, member.bury()))
+
+    # Descriptors ----------------------------------------------------------------------------------------------------
+
+    def _flush(self, member: Member) -> None:
+        """Write what the socket takes; epoll tells when it takes more."""
+        try:
+            done = member.channel.flush()
+        except OSError:
+            return  # the worker is gone; its exit is on the way
+        fd = member.channel.fileno()
+        if done is member.watching_write and fd in self._sources:
+            member.watching_write = not done
+            self._epoll.modify(fd, select.EPOLLIN if done else select.EPOLLIN | select.EPOLLOUT)
+
+    def _watch(self, fd: int, source: Source) -> None:
+        self._sources[fd] = source
+        self._epoll.register(fd, select.EPOLLIN)
+
+    def _unwatch(self, fd: int) -> None:
+        if self._sources.pop(fd, None) is not None:
+            with contextlib.suppress(OSError):  # closed already, which unregisters
+                self._epoll.unregister(fd)
+
+    def _close_inherited(self, sock_fd: int, claims_fd: int) -> None:
+        """In a forked worker: close the parent's ends, so that no sibling's channel is held open by us."""
+        self._launcher.close()
+        for member in self._members.values():
+            for fd in {member.channel.fileno(), member.claims_fd, member.pidfd} - {sock_fd, claims_fd}:
+                if fd is not None:
+                    os.close(fd)
+        os.close(self._wake_fd)
+        self._epoll.close()
+
+    def close(self) -> None:
+        """See Engine."""
+        for member in self._members.values():
+            member.close()
+        self._launcher.close()
+        self._epoll.close()
+        wake_fd, self._wake_fd = self._wake_fd, -1
+        os.close(wake_fd)
+        self._jobs.clear()
+        self._initializer = None
+        self._memory.close()

@@ -1,0 +1,210 @@
+"""What a pool of local workers is made of before any worker runs: settings, shared memory, launcher.
+
+The caller's arena and one per slot are made here, once; workers come and go.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import multiprocessing.process
+import multiprocessing.resource_tracker
+import os
+import pickle
+import secrets
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tpool.errors import PlatformError
+from tpool.local.cpus import available_cpus
+from tpool.local.identity import Hello, WorkerInfo
+from tpool.local.worker import Inheritance
+from tpool.local.launch import ForkLauncher, Launcher, SpawnLauncher, ZygoteLauncher
+from tpool.tensors import leases
+from tpool.tensors.arena import Allocator, Arena, Ledger
+from tpool.tensors.definitions import Definitions
+from tpool.tensors.leases import Memory, Peer
+from tpool.tensors.payload import Payload
+from tpool.tensors.pickler import Codec
+
+logger = logging.getLogger("tpool")
+
+
+@dataclass(slots=True)
+class Settings:
+    """What the user asked for, validated.
+
+    Attributes:
+        processes: how many workers.
+        method: ``forkserver`` (the zygote), ``fork`` or ``spawn``.
+        initializer, initargs: run in each worker before its first task.
+        preload: modules that the zygote imports.
+        memory_nbytes: the pool's budget of shared memory.
+        sharing: ``share`` or ``copy``.
+        environment, directory, path, argv: of the moment the pool is made.
+    """
+
+    processes: int
+    method: str
+    initializer: Callable[..., object] | None
+    initargs: tuple[Any, ...]
+    preload: tuple[str, ...]
+    memory_nbytes: int
+    sharing: str
+    environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
+    directory: str | None = field(default_factory=lambda: _working_directory())
+    path: list[str] = field(default_factory=lambda: list(sys.path))
+    argv: list[str] = field(default_factory=lambda: list(sys.argv))
+    seed: int = field(default_factory=lambda: secrets.randbits(62))
+
+
+def _working_directory() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:  # deleted under us; workers then keep the one they have
+        return None
+
+
+def check_platform() -> None:
+    """Raise PlatformError where tpool cannot work, naming what is missing."""
+    if sys.platform != "linux":
+        raise PlatformError(
+            f"tpool needs Linux (memfd, eventfd, pidfd, epoll); this is {sys.platform}. "
+            "Use torch.multiprocessing.Pool here"
+        )
+    for module, name in ((os, "memfd_create"), (os, "pidfd_open"), (os, "eventfd")):
+        if not hasattr(module, name):
+            raise PlatformError(f"this Python was built without os.{name}, which tpool needs (Linux 5.3, glibc 2.27)")
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError as error:
+        raise PlatformError(f"pidfd_open does not work here ({error}); tpool needs Linux 5.3 or newer") from error
+
+
+class PoolMemory:
+    """The shared memory of one pool, from the parent's side, and the codec over it.
+
+    Owned by the engine. ``table``, ``codec`` and ``definitions`` may be used from any thread; the rest belongs to the
+    handler's.
+
+    Args:
+        settings: what the user asked for.
+        wait: see ``tensors.leases.Memory``.
+    """
+
+    def __init__(self, settings: Settings, wait: Callable[[float], bool]) -> None:
+        self._settings = settings
+        self.table = leases.table()
+        count = settings.processes
+        self._ledger = Ledger.create(count + 1, settings.memory_nbytes)
+        self._caller = Arena.create(settings.memory_nbytes)
+        self.table.add(self._caller, Allocator(self._caller, self._ledger, 0))
+        self._slots = [Arena.create(settings.memory_nbytes) for _ in range(count)]
+        for arena in self._slots:
+            self.table.add(arena)
+        self._foreign: list[Arena] = []
+        self.peers = [Peer(f"slot {slot}") for slot in range(count)]
+        self.baseline = dict(vars(sys.modules["__main__"])) if settings.method == "fork" else None
+        self.definitions = Definitions(baseline=self.baseline)
+        self.codec = Codec(Memory(self._caller, wait), self.definitions, sharing=settings.sharing)
+
+    def worker_arenas(self, slot: int) -> tuple[Arena, Arena]:
+        """The arenas that a worker knows from its first message: its slot's and the caller's."""
+        return self._slots[slot], self._caller
+
+    def hello(self, slot: int, number: int) -> tuple[bytes, tuple[int, ...]]:
+        """The first message to a worker: body and descriptors."""
+        settings = self._settings
+        inherited = settings.method == "fork"
+        tracker_fd = None if inherited else _tracker_fd()
+        current = multiprocessing.process.current_process()
+        arena = self._slots[slot]
+        hello = Hello(
+            method=settings.method,
+            number=number,
+            info=WorkerInfo(slot, settings.processes, (settings.seed + slot) % 2**63),
+            parent_pid=os.getpid(),
+            parent_name=current.name,
+            authkey=bytes(current.authkey),
+            environment=None if inherited else settings.environment,
+            directory=None if inherited else settings.directory,
+            path=None if inherited else settings.path,
+            argv=None if inherited else settings.argv,
+            main_attributes=None if inherited else _main_attributes(),
+            threads=_threads(settings),
+            slot_arena=arena.id,
+            caller_arena=self._caller.id,
+            ledger_index=slot + 1,
+            live_blocks=self.table.live_blocks(self.peers[slot], arena),
+            has_tracker=tracker_fd is not None,
+            sharing=settings.sharing,
+        )
+        fds = (arena.fd, self._caller.fd, self._ledger.fd)
+        return pickle.dumps(hello), fds if tracker_fd is None else (*fds, tracker_fd)
+
+    def attach(self, arena_id: int, fds: list[int]) -> None:
+        """Map an arena that a worker made: its nested pool's, of which it sends us a block."""
+        fd = fds.pop()
+        if self.table.arena(arena_id) is not None:
+            os.close(fd)
+            return
+        arena = Arena.attach(fd, arena_id)
+        self._foreign.append(arena)
+        self.table.add(arena)
+
+    def close(self) -> None:
+        """The pool has ended. Blocks that the caller still uses stay mapped as long as it does."""
+        for peer in self.peers:
+            self.table.forget(peer)
+        for arena in (self._caller, *self._slots, *self._foreign):
+            self.table.remove(arena)
+        self._ledger.close()
+
+
+def _threads(settings: Settings) -> int:
+    # After an OpenMP region in the parent, a forked child that starts a second thread hangs.
+    return 1 if settings.method == "fork" else max(1, available_cpus() // settings.processes)
+
+
+def _tracker_fd() -> int | None:
+    """The resource tracker's descriptor if one runs; it is not started for our sake."""
+    fd: int | None = multiprocessing.resource_tracker._resource_tracker._fd  # type: ignore[attr-defined]
+    return fd
+
+
+def _main_attributes() -> dict[str, Any]:
+    main = vars(sys.modules["__main__"])
+    names = ("__doc__", "__file__", "__package__")
+    return {name: main[name] for name in names if isinstance(main.get(name), str)}
+
+
+def make_launcher(
+    settings: Settings, baseline: dict[str, Any] | None, close_inherited: Callable[[int, int], None]
+) -> Launcher:
+    """The launcher for the start method.
+
+    Args:
+        settings: what the user asked for.
+        baseline: see ``Inheritance``; not None under fork.
+        close_inherited: see ``ForkLauncher``.
+    """
+    if settings.method == "fork":
+        assert baseline is not None
+        inheritance = Inheritance((settings.initializer, settings.initargs), baseline)
+        return ForkLauncher(inheritance, close_inherited)
+    if settings.method == "spawn":
+        return SpawnLauncher()
+    return ZygoteLauncher(settings.preload)
+
+
+def refuse_fork_after_cuda(method: str) -> None:
+    """CUDA does not survive a fork; say so before anything hangs."""
+    if method == "fork" and torch.cuda.is_initialized():
+        raise PlatformError(
+            "context='fork' cannot be used after CUDA was initialised in this process: a forked worker could not use "
+            "CUDA. Use the default start method, or make the pool before the first CUDA call"
+        )

@@ -1,0 +1,207 @@
+"""The bodies of the frames between a pool and its local workers: plain structs around opaque pickles.
+
+Handles stand outside the pickle, so that whoever reads a frame takes the leases at once, without running anybody's
+code; what is pickled is decoded later, by whoever needs it.
+
+A payload on the wire::
+
+    | flags u8 | - | fd_count u16 | block_count u32 | inline_nbytes u32 |
+    | block_count x (arena id u64, offset u64, nbytes u64) | inline pickle |
+
+With ``DATA_IN_BLOCK`` the pickle lies in the last block and nothing is inline.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from enum import IntEnum
+from itertools import chain
+
+from tpool.errors import ProtocolError
+from tpool.tensors.leases import Block
+from tpool.tensors.pickler import Payload, Received
+
+
+class Kind(IntEnum):
+    """What a frame says; the first group goes both ways, the second to a worker, the third from one."""
+
+    ARENA = 1
+    GIVE_BACKS = 2
+
+    HELLO = 10
+    INITIALIZER = 11
+    GROUP = 12
+    JOB = 13
+    TASKS = 14
+    FORGET = 15
+    RETIRE = 16
+    TRIM = 17
+
+    READY = 20
+    INITIALIZER_FAILED = 21
+    RESULT = 22
+    SETTLED = 23
+    STARVING = 24
+
+
+class Mode(IntEnum):
+    """How a job's function meets a task's payload."""
+
+    APPLY = 0  # payload is (function, args, kwds); the job has no payload of its own
+    CALL = 1  # function(item)
+    STARCALL = 2  # function(*item)
+    MAP = 3  # [function(item) for item in chunk]
+    STARMAP = 4  # [function(*item) for item in chunk]
+
+
+class Status(IntEnum):
+    """What a result frame carries."""
+
+    VALUE = 0
+    ERROR = 1
+
+
+DATA_IN_BLOCK = 1
+
+_PAYLOAD = struct.Struct("<BxHII")
+_BLOCK = struct.Struct("<QQQ")
+_ID = struct.Struct("<Q")
+_GIVE_BACK = struct.Struct("<QQI")
+_COUNT = struct.Struct("<I")
+TASK = struct.Struct("<QQ")
+RESULT = struct.Struct("<QQdBI")
+JOB = struct.Struct("<QB")
+
+ReceiveBlock = Callable[[int, int, int], Block]
+
+
+def pack_payload(payload: Payload) -> bytes:
+    """A payload as it stands in a frame's body; its descriptors go with the frame."""
+    flags = 0
+    data = payload.data
+    blocks = payload.blocks
+    if isinstance(data, bytes):
+        if not blocks:
+            return _PAYLOAD.pack(flags, len(payload.fds), 0, len(data)) + data
+    else:
+        flags = DATA_IN_BLOCK
+        blocks = [*blocks, data]
+        data = b""
+    numbers = chain.from_iterable([(block.arena.id, block.offset, block.nbytes) for block in blocks])
+    head = _PAYLOAD.pack(flags, len(payload.fds), len(blocks), len(data))
+    return b"".join((head, struct.pack(f"<{3 * len(blocks)}Q", *numbers), data))
+
+
+def unpack_payload(body: bytes, position: int, fds: list[int], receive: ReceiveBlock) -> tuple[Received, int]:
+    """Read a payload, taking a lease on each of its blocks.
+
+    Args:
+        body: the frame's body.
+        position: where the payload begins.
+        fds: the frame's descriptors; the payload takes its own from the front.
+        receive: takes the lease on (arena id, offset, nbytes).
+
+    Returns:
+        The payload, and where it ends.
+
+    Raises:
+        ProtocolError: the bytes are not a payload, or a handle points outside its arena.
+    """
+    try:
+        flags, fd_count, block_count, inline_nbytes = _PAYLOAD.unpack_from(body, position)
+    except struct.error as error:
+        raise ProtocolError("a payload is cut off") from error
+    position += _PAYLOAD.size
+    end = position + block_count * _BLOCK.size + inline_nbytes
+    if end > len(body) or fd_count > len(fds):
+        raise ProtocolError("a payload is longer than its frame")
+    blocks: list[Block] = []
+    if block_count:
+        numbers = struct.unpack_from(f"<{3 * block_count}Q", body, position)
+        handles = iter(numbers)
+        blocks = [receive(arena, offset, nbytes) for arena, offset, nbytes in zip(handles, handles, handles)]
+        position += block_count * _BLOCK.size
+    data: bytes | Block = body[position:end]
+    if flags & DATA_IN_BLOCK:
+        if not blocks:
+            raise ProtocolError("a payload names a block it does not carry")
+        data = blocks.pop()
+    taken = fds[:fd_count]
+    del fds[:fd_count]
+    return Received(data, blocks, taken), end
+
+
+def all_blocks(payload: Payload | Received) -> list[Block]:
+    """Every block that a payload names, that of the pickle itself included; a new list where there are any."""
+    if isinstance(payload.data, bytes):
+        return payload.blocks[:]
+    return [*payload.blocks, payload.data]
+
+
+def moved_nbytes(payload: Payload | Received) -> int:
+    """How many bytes go by handle instead of through the pipe."""
+    return sum([block.nbytes for block in all_blocks(payload)])
+
+
+def pack_give_backs(give_backs: list[tuple[int, int, int]]) -> bytes:
+    """(arena id, offset, count) triples as a body."""
+    return b"".join([_GIVE_BACK.pack(*give_back) for give_back in give_backs])
+
+
+def unpack_give_backs(body: bytes) -> Iterator[tuple[int, int, int]]:
+    """The triples of ``pack_give_backs``."""
+    _check_multiple(body, _GIVE_BACK.size)
+    yield from _GIVE_BACK.iter_unpack(body)
+
+
+def pack_ids(ids: list[int]) -> bytes:
+    """Ids as a body."""
+    return struct.pack(f"<{len(ids)}Q", *ids)
+
+
+def unpack_ids(body: bytes) -> tuple[int, ...]:
+    """The ids of ``pack_ids``."""
+    _check_multiple(body, _ID.size)
+    return struct.unpack(f"<{len(body) // _ID.size}Q", body)
+
+
+def pack_id(number: int) -> bytes:
+    """One id, alone or in front of a payload."""
+    return _ID.pack(number)
+
+
+def unpack_id(body: bytes) -> int:
+    """The id at the front of a body."""
+    return int(_unpack(_ID, body)[0])
+
+
+def pack_count(count: int) -> bytes:
+    """A small number as a body."""
+    return _COUNT.pack(count)
+
+
+def unpack_count(body: bytes) -> int:
+    """The number of ``pack_count``."""
+    return int(_unpack(_COUNT, body)[0])
+
+
+ID_NBYTES = _ID.size
+COUNT_NBYTES = _COUNT.size
+
+
+def unpack_head(layout: struct.Struct, body: bytes, position: int = 0) -> tuple[int, ...]:
+    """The fixed fields that stand at ``position``; raises ProtocolError where the body is too short."""
+    return _unpack(layout, body, position)
+
+
+def _unpack(layout: struct.Struct, body: bytes, position: int = 0) -> tuple[int, ...]:
+    try:
+        return layout.unpack_from(body, position)
+    except struct.error as error:
+        raise ProtocolError(f"a frame of {len(body)} bytes is cut off") from error
+
+
+def _check_multiple(body: bytes, nbytes: int) -> None:
+    if len(body) % nbytes:
+        raise ProtocolError(f"a frame of {len(body)} bytes does not hold whole entries of {nbytes}")

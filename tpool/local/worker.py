@@ -1,0 +1,428 @@
+"""The body of a worker: receive, run, reply; garbage collection and exit hooks at the end.
+
+    channel ─► frames ─► queue of tasks ─► claim ─► decode ─► call ─► encode ─► channel
+
+One thread does it all, so a task starts only when the one before it has been answered.
+
+The claim: the parent adds one to an ``eventfd`` semaphore for each task *before* it sends it, and the worker takes
+one before each task it starts. What is left in the semaphore when the worker dies are exactly the tasks that were
+never started; and to take tasks back from behind a long one, the parent takes what is left itself. A worker that
+finds no claim therefore throws away what it has not started and says how many (``SETTLED``); the parent sends
+nothing until that number is what it took.
+
+Leases: a frame's blocks are leased as it is read. What dies here is given back with the next reply, and before this
+process blocks.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import multiprocessing.util
+import os
+import pickle
+import select
+import socket
+import sys
+import threading
+import traceback
+from collections import deque
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, NoReturn
+
+from tpool.errors import MaybeEncodingError, ProtocolError, TpoolError
+from tpool.local import identity, wire
+from tpool.local.channel import Channel, Frame
+from tpool.local.wire import Kind, Mode, Status
+from tpool.tensors import leases
+from tpool.tensors.arena import Allocator, Arena, Ledger
+from tpool.tensors.leases import Memory, Peer
+from tpool.tensors.payload import GroupId, Payload, Received
+from tpool.tensors.pickler import Codec
+
+# Non-daemonic threads that a task left behind get this long to end at retirement. Longer would let one task hang the
+# pool's end; shorter would cut off a thread that is about to flush a file.
+LINGERING_THREADS_SECONDS = 5.0
+
+
+Initializer = tuple[Any, tuple[Any, ...]]
+
+
+@dataclass(slots=True)
+class Inheritance:
+    """What a forked worker has without being sent it.
+
+    Attributes:
+        initializer: (function, arguments), as the caller gave them.
+        baseline: what ``__main__`` held when the pool was made.
+    """
+
+    initializer: Initializer
+    baseline: dict[str, Any]
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    mode: Mode
+    payload: Received | None
+    function: Any = None
+    error: BaseException | None = None
+
+
+class Worker:
+    """One worker process's state; used by its main thread only.
+
+    Args:
+        sock: the worker's end of the channel; owned.
+        claims_fd: the semaphore of claims; owned.
+        baseline: what ``__main__`` held when the pool was made, where a fork inherited it.
+    """
+
+    def __init__(self, sock: socket.socket, claims_fd: int, baseline: dict[str, Any] | None = None) -> None:
+        self._baseline = baseline
+        self._channel = Channel(sock)
+        self._claims_fd = claims_fd
+        self._parent = Peer("parent")
+        self._table = leases.table()
+        self._tasks: deque[tuple[int, int, Received]] = deque()
+        self._jobs: dict[int, _Job] = {}
+        self._retiring = False
+        self._initializer: Received | None = None
+        self._pid = os.getpid()
+        self._poll = select.poll()
+        self._poll.register(self._channel.fileno(), select.POLLIN)
+
+    # The life of a worker ------------------------------------------------------------------------------------------
+
+    def run(self, inherited: Initializer | None = None) -> int:
+        """Live from the first message to retirement; returns the exit code.
+
+        Args:
+            inherited: the initializer where a fork brought it along unpickled.
+        """
+        try:
+            self._greet()
+            if not self._initialize(inherited):
+                return 1
+            del inherited
+            self._send(Kind.READY)
+            self._serve()
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            return 0  # the pool is gone; whoever kills us is on the way
+        self._retire()
+        return 0
+
+    def _greet(self) -> None:
+        while True:
+            frames = self._channel.receive()
+            if frames:
+                break
+        self._install(frames.pop(0))
+        for frame in frames:
+            self._handle(frame)
+
+    def _install(self, frame: Frame) -> None:
+        if frame.kind != Kind.HELLO:
+            raise ProtocolError(f"the first frame is of kind {frame.kind}, not HELLO")
+        hello: identity.Hello = pickle.loads(frame.body)
+        slot_fd, caller_fd, ledger_fd, *tracker = frame.fds
+        identity.assume(hello, tracker[0] if tracker else None)
+        identity.set_worker_info(hello.info)
+        arena = self._attach(hello.slot_arena, slot_fd)
+        allocator = Allocator(arena, Ledger.attach(ledger_fd), hello.ledger_index)
+        self._table.add(arena, allocator)
+        self._table.reinstate(arena, hello.live_blocks, self._parent)
+        self._table.add(self._attach(hello.caller_arena, caller_fd))
+        self._arena = arena
+        self._known_arenas = {hello.slot_arena, hello.caller_arena}
+        memory = Memory(arena, self._wait_for_memory)
+        self._codec = Codec(memory, baseline=self._baseline, sharing=hello.sharing)
+
+    def _attach(self, arena_id: int, fd: int) -> Arena:
+        known = self._table.arena(arena_id)
+        if known is None:
+            return Arena.attach(fd, arena_id)
+        os.close(fd)  # a fork inherited the mapping
+        return known
+
+    def _initialize(self, inherited: Initializer | None) -> bool:
+        """Run the initializer; on failure tell the parent why and return False."""
+        try:
+            function, arguments = inherited or self._wait_for_initializer()
+            if function is not None:
+                function(*arguments)
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            raise
+        except BaseException as error:
+            self._reply_failed_initializer(error)
+            return False
+        return True
+
+    def _wait_for_initializer(self) -> Initializer:
+        while self._initializer is None:
+            self._read()
+        received, self._initializer = self._initializer, None
+        pair: Any = self._codec.loads(received)
+        return pair
+
+    def _serve(self) -> None:
+        while True:
+            if self._tasks:
+                self._next_task()
+            elif self._retiring:
+                return
+            else:
+                self._read()
+
+    def _retire(self) -> None:
+        """Let destructors run, as they would at the end of a program, then leave."""
+        self._jobs.clear()
+        del self._codec
+        gc.collect()
+        multiprocessing.util._exit_function()  # type: ignore[attr-defined]
+        for thread in threading.enumerate():
+            if thread is not threading.current_thread() and not thread.daemon:
+                thread.join(LINGERING_THREADS_SECONDS)
+
+    # Reading -------------------------------------------------------------------------------------------------------
+
+    def _read(self) -> None:
+        """Handle what has arrived; blocks until something has."""
+        self._flush_give_backs()
+        for frame in self._channel.receive():
+            self._handle(frame)
+
+    def _handle(self, frame: Frame) -> None:
+        kind = frame.kind
+        if kind == Kind.TASKS:
+            self._take_tasks(frame)
+        elif kind == Kind.GIVE_BACKS:
+            for arena_id, offset, count in wire.unpack_give_backs(frame.body):
+                self._table.given_back(self._parent, arena_id, offset, count)
+        elif kind == Kind.JOB:
+            job, mode = wire.unpack_head(wire.JOB, frame.body)
+            self._jobs[job] = _Job(Mode(mode), self._unpack(frame, wire.JOB.size))
+        elif kind == Kind.FORGET:
+            for job in wire.unpack_ids(frame.body):
+                self._jobs.pop(job, None)
+        else:
+            self._handle_rare(frame)
+
+    def _handle_rare(self, frame: Frame) -> None:
+        kind = frame.kind
+        if kind == Kind.GROUP:
+            group = GroupId(wire.unpack_id(frame.body))
+            self._codec.load_group(group, self._unpack(frame, wire.ID_NBYTES))
+        elif kind == Kind.ARENA:
+            arena_id = wire.unpack_id(frame.body)
+            self._known_arenas.add(arena_id)
+            arena = self._attach(arena_id, frame.fds.pop())
+            self._table.add(arena)
+        elif kind == Kind.INITIALIZER:
+            self._initializer = self._unpack(frame, 0)
+        elif kind == Kind.TRIM:
+            self._table.trim()
+        elif kind == Kind.RETIRE:
+            self._retiring = True
+        else:
+            raise ProtocolError(f"a frame of unknown kind {kind}")
+
+    def _unpack(self, frame: Frame, position: int) -> Received:
+        return wire.unpack_payload(frame.body, position, frame.fds, self._receive_block)[0]
+
+    def _receive_block(self, arena_id: int, offset: int, nbytes: int) -> leases.Block:
+        return self._table.receive(arena_id, offset, nbytes, self._parent)
+
+    def _take_tasks(self, frame: Frame) -> None:
+        body, position = frame.body, 0
+        while position < len(body):
+            job, index = wire.unpack_head(wire.TASK, body, position)
+            received, position = wire.unpack_payload(body, position + wire.TASK.size, frame.fds, self._receive_block)
+            self._tasks.append((job, index, received))
+
+    # Running -------------------------------------------------------------------------------------------------------
+
+    def _next_task(self) -> None:
+        try:
+            os.eventfd_read(self._claims_fd)
+        except BlockingIOError:
+            self._drop_recalled()
+            return
+        job, index, received = self._tasks.popleft()
+        started = perf_counter()
+        tb = ""
+        try:
+            payload = self._encode_value(self._call(job, received))
+            status = Status.VALUE
+        except BaseException as error:
+            payload, tb = self._encode_error(error)
+            status = Status.ERROR
+        del received  # the arguments' leases end before the reply, so that they are given back with it
+        if os.getpid() != self._pid:
+            os._exit(1)  # the task forked and its child returned here; the reply is its parent's to give
+        text = tb.encode(errors="backslashreplace")
+        seconds = perf_counter() - started
+        head = wire.RESULT.pack(job, index, seconds, status, len(text))
+        self._reply(Kind.RESULT, head + text, payload)
+
+    def _call(self, job: int, received: Received) -> Any:
+        known = self._jobs.get(job)
+        if known is None:
+            call: Any = self._codec.loads(received)
+            function, args, kwds = call
+            return function(*args, **kwds)
+        function = self._function(known)
+        arguments: Any = self._codec.loads(received)
+        if known.mode == Mode.CALL:
+            return function(arguments)
+        if known.mode == Mode.STARCALL:
+            return function(*arguments)
+        return self._call_chunk(function, arguments, known.mode == Mode.STARMAP)
+
+    def _function(self, job: _Job) -> Any:
+        """The job's function, decoded when its first task runs so that a failure is that task's error."""
+        if job.payload is not None:
+            received, job.payload = job.payload, None
+            try:
+                job.function = self._codec.loads(received)
+            except BaseException as error:
+                job.error = error
+        if job.error is not None:
+            raise job.error.with_traceback(None)
+        return job.function
+
+    @staticmethod
+    def _call_chunk(function: Any, chunk: list[Any], star: bool) -> list[Any]:
+        """Every item runs, whatever the others do; the first error speaks for the chunk."""
+        values: list[Any] = []
+        first_error: BaseException | None = None
+        chunk.reverse()
+        while chunk:
+            item = chunk.pop()  # each item's memory is free as soon as it was used
+            try:
+                values.append(function(*item) if star else function(item))
+            except BaseException as error:
+                first_error = first_error or error
+        if first_error is not None:
+            raise first_error
+        return values
+
+    # Replying ------------------------------------------------------------------------------------------------------
+
+    def _encode_value(self, value: Any) -> Payload:
+        try:
+            return self._codec.dumps(value)
+        except TpoolError:
+            raise  # tells what cannot travel, and why, better than we could
+        except Exception as error:
+            raise MaybeEncodingError(error, _safe_repr(value)) from error
+
+    def _encode_error(self, error: BaseException) -> tuple[Payload, str]:
+        """An exception as (payload, traceback text)."""
+        tb = _format_remote(error)
+        try:
+            payload = self._codec.dumps(error)
+        except Exception as reason:
+            payload = self._codec.dumps(MaybeEncodingError(reason, _safe_repr(error)))
+        # The frames of the traceback hold the task's arguments.
+        traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = None
+        return payload, tb
+
+    def _reply_failed_initializer(self, error: BaseException) -> None:
+        payload, tb = self._encode_error(error)
+        text = tb.encode(errors="backslashreplace")
+        self._reply(Kind.INITIALIZER_FAILED, wire.pack_count(len(text)) + text, payload)
+
+    def _reply(self, kind: Kind, head: bytes, payload: Payload) -> None:
+        blocks = wire.all_blocks(payload)
+        if blocks:
+            for block in blocks:
+                if block.arena.id not in self._known_arenas:
+                    # A nested pool's arena: the parent maps it once.
+                    self._known_arenas.add(block.arena.id)
+                    self._channel.put(Kind.ARENA, wire.pack_id(block.arena.id), (block.arena.fd,))
+            self._table.lend(blocks, self._parent)
+            blocks.clear()
+        self._channel.put(kind, head + wire.pack_payload(payload), tuple(payload.fds))
+        self._queue_give_backs()
+        self._channel.flush()
+
+    def _queue_give_backs(self) -> None:
+        give_backs = self._table.take_give_backs(self._parent)
+        if give_backs:
+            self._channel.put(Kind.GIVE_BACKS, wire.pack_give_backs(give_backs))
+
+    def _send(self, kind: Kind, body: bytes = b"") -> None:
+        self._queue_give_backs()
+        self._channel.put(kind, body)
+        self._channel.flush()
+
+    def _drop_recalled(self) -> None:
+        count = len(self._tasks)
+        for _, _, received in self._tasks:
+            received.discard()
+        self._tasks.clear()
+        self._send(Kind.SETTLED, wire.pack_count(count))
+
+    def _wait_for_memory(self, seconds: float) -> bool:
+        """Tell the parent that memory is short and read what it gives back meanwhile.
+
+        Returns:
+            False when no memory of ours is lent, so none can come back.
+        """
+        self._send(Kind.STARVING)
+        if self._poll.poll(seconds * 1000):
+            for frame in self._channel.receive():
+                self._handle(frame)
+        return True
+
+
+def _safe_repr(value: object) -> str:
+    try:
+        return repr(value)
+    except Exception as error:
+        return f"<{type(value).__name__} whose repr() raised {type(error).__name__}>"
+
+
+def _format_remote(error: BaseException) -> str:
+    """The traceback as text, without the frames of this module that stand above the user's code."""
+    tb = error.__traceback__
+    while tb is not None and tb.tb_next is not None and tb.tb_frame.f_code.co_filename == __file__:
+        tb = tb.tb_next
+    try:
+        lines = traceback.format_exception(type(error), error, tb)
+    except Exception as reason:  # a __str__ or __notes__ of the user's that raises
+        lines = [f"{type(error).__name__}: <its text could not be had: {type(reason).__name__}>\n"]
+    return "".join(lines)
+
+
+def worker_main(sock_fd: int, claims_fd: int, inherited: Inheritance | None = None) -> NoReturn:
+    """Be a worker until the pool lets go, then end this process without returning.
+
+    Args:
+        sock_fd: the worker's end of the channel.
+        claims_fd: the semaphore of claims.
+        inherited: what a fork brought along.
+    """
+    code = 1
+    try:
+        atexit._clear()  # what a fork inherited is the caller's to run, not ours
+        identity.settle_in()
+        sock = socket.socket(fileno=sock_fd)
+        sock.setblocking(True)
+        if inherited is None:
+            code = Worker(sock, claims_fd).run()
+        else:
+            code = Worker(sock, claims_fd, inherited.baseline).run(inherited.initializer)
+        atexit._run_exitfuncs()
+    except BaseException:
+        with contextlib.suppress(Exception):  # a task may have closed or replaced stderr
+            traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):  # likewise
+                stream.flush()
+        os._exit(code)

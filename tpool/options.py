@@ -1,0 +1,93 @@
+"""What the user may ask of a pool, checked: each function gives the value to use or raises an error that names the cure."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from multiprocessing.context import BaseContext
+
+from tpool.local.cpus import available_cpus
+from tpool.tensors.budget import default_budget_nbytes
+
+START_METHODS = ("forkserver", "fork", "spawn")
+
+
+def describe(func: object) -> str:
+    """A function's name, for messages."""
+    if isinstance(func, functools.partial):
+        func = func.func
+    return str(getattr(func, "__qualname__", None) or type(func).__qualname__)
+
+
+def check_processes(processes: int | None) -> int:
+    """How many workers; None for as many as CPUs may be used."""
+    if processes is None:
+        return available_cpus()
+    if processes < 1:
+        raise ValueError("Number of processes must be at least 1")
+    return processes
+
+
+def check_initializer(initializer: Callable[..., object] | None) -> Callable[..., object] | None:
+    """An initializer is called, so it must be callable."""
+    if initializer is not None and not callable(initializer):
+        raise TypeError("initializer must be a callable")
+    return initializer
+
+
+def check_max_tasks(maxtasksperchild: int | None) -> int | None:
+    """After how many calls a worker is replaced."""
+    if maxtasksperchild is not None and (not isinstance(maxtasksperchild, int) or maxtasksperchild < 1):
+        raise ValueError("maxtasksperchild must be a positive int or None")
+    return maxtasksperchild
+
+
+def check_preload(preload: Iterable[str]) -> tuple[str, ...]:
+    """Names of modules."""
+    if isinstance(preload, str):
+        raise TypeError(f"preload must be a list of module names, not the text {preload!r}; write [{preload!r}]")
+    return tuple(preload)
+
+
+def check_sharing(sharing: str) -> str:
+    """How storages are sent."""
+    if sharing not in ("share", "copy"):
+        raise ValueError(f"sharing must be 'share' or 'copy', not {sharing!r}")
+    return sharing
+
+
+def start_method(context: str | BaseContext | None) -> str:
+    """The start method's name, given or taken from a context of ``multiprocessing``."""
+    if context is None:
+        return "forkserver"
+    method = context if isinstance(context, str) else context.get_start_method()
+    if method not in START_METHODS:
+        raise ValueError(
+            f"context must be one of {', '.join(START_METHODS)}, or a context of multiprocessing; not {context!r}"
+        )
+    return method
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+
+
+def parse_nbytes(memory: int | str | None) -> int:
+    """A size in bytes: a number, text such as ``"2GB"`` or ``"512MiB"``, or None for the default."""
+    if memory is None:
+        return default_budget_nbytes()
+    if isinstance(memory, str):
+        text = memory.strip().upper()
+        number = text.rstrip("KMGTIB ")
+        unit = _UNITS.get(text[len(number) :].strip())
+        try:
+            nbytes = int(float(number) * unit) if unit is not None else None
+        except ValueError:
+            nbytes = None
+        if nbytes is None:
+            raise ValueError(f"memory {memory!r} is not a size; write a number of bytes, or text such as '2GB'")
+    else:
+        nbytes = int(memory)
+    if nbytes < 1 << 20:
+        raise ValueError(f"memory must be at least 1 MiB, not {memory!r}")
+    return nbytes

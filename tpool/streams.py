@@ -1,0 +1,187 @@
+"""Streams of results: the state of one ``imap``, and the iterator that its caller holds.
+
+handler ─► resolve ─► Stream ─► take ─► IMapIterator.next in the caller's thread
+feeder  ◄─ room ◄──────┘ (as results are consumed)
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+import time
+from collections import deque
+from queue import SimpleQueue
+from typing import Generic, TypeVar
+
+from tpool.engine import Result
+from tpool.results import Failure, SharedFailure, decode
+
+T = TypeVar("T")
+
+
+class Stream:
+    """The state of one ``imap``: outcomes as they come, and how far the consumer is.
+
+    The handler and the feeder hold this, never the iterator, so that an iterator nobody wants is collected.
+
+    Shared data: ``_by_index`` and ``_as_arrived`` are written by the handler (and the feeder, for items that cannot be sent) and emptied by
+    consumers; ``consumed`` is written by consumers; all under ``_news``'s lock, except the consumer's fast path, which
+    relies on ``dict.pop`` and ``deque.popleft`` being atomic.
+    """
+
+    def __init__(self, story: str, ordered: bool) -> None:
+        self.story = story
+        self.consumed = 0
+        self.seconds = 0.0  # of the latest result: how long its task ran
+        self.cancelled = False
+        # Wakes the feeder; SimpleQueue.put may be called from a finalizer.
+        self.room: SimpleQueue[None] = SimpleQueue()
+        self.feeder_waits_below = -1
+        self._ordered = ordered
+        self._by_index: dict[int, Result] = {}  # of an ordered stream
+        self._as_arrived: deque[Result] = deque()  # of an unordered one
+        self._next = 0
+        self._length: int | None = None
+        self._end: Failure | SharedFailure | None = None
+        self._news = threading.Condition(threading.Lock())
+        self._consumers_waiting = 0
+
+    # The consumer's side --------------------------------------------------------------------------------------------
+
+    def take(self, timeout: float | None) -> Result:
+        """The next outcome.
+
+        Raises:
+            StopIteration: there are no more.
+            multiprocessing.TimeoutError: none came in time.
+        """
+        result = self._pop()
+        if result is None:
+            result = self._wait(timeout)
+        self.consumed += 1
+        if self.consumed >= self.feeder_waits_below >= 0:
+            self.feeder_waits_below = -1
+            self.room.put(None)
+        return result
+
+    def _pop(self) -> Result | None:
+        if self._ordered:
+            result = self._by_index.pop(self._next, None)
+            if result is not None:
+                self._next += 1
+            return result
+        try:
+            return self._as_arrived.popleft()
+        except IndexError:
+            return None
+
+    def _wait(self, timeout: float | None) -> Result:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._news:
+            self._consumers_waiting += 1
+            try:
+                while True:
+                    result = self._pop()
+                    if result is not None:
+                        return result
+                    if self._length is not None and self.consumed >= self._length:
+                        raise StopIteration
+                    if self._end is not None:
+                        return self._last_failure()
+                    remaining = None if deadline is None else deadline - time.monotonic()
+                    if remaining is not None and remaining <= 0:
+                        raise multiprocessing.TimeoutError
+                    self._news.wait(remaining)
+            finally:
+                self._consumers_waiting -= 1
+
+    def _last_failure(self) -> Result:
+        """The pool ended: say so once, then the stream is over."""
+        failure = self._end
+        assert failure is not None
+        self._length = self.consumed + 1
+        return failure
+
+    # The producer's side --------------------------------------------------------------------------------------------
+
+    def resolve(self, index: int, result: Result) -> None:
+        """See Sink."""
+        if self.cancelled:
+            result.discard()
+            return
+        self.seconds = result.seconds or self.seconds
+        if self._ordered:
+            self._by_index[index] = result
+        else:
+            self._as_arrived.append(result)
+        if self._consumers_waiting:
+            self._notify()
+
+    def set_length(self, length: int) -> None:
+        """The input has ended after so many items."""
+        self._length = length
+        self._notify()
+
+    def finish(self) -> None:
+        """See Sink."""
+
+    def abandon(self, failure: Failure | SharedFailure) -> None:
+        """See Sink."""
+        self._end = failure
+        self.cancel()
+        self._notify()
+
+    def cancel(self) -> None:
+        """Draw no more input. Takes no lock: finalizers call it."""
+        self.cancelled = True
+        self.room.put(None)
+
+    def discard(self) -> None:
+        """Give back what nobody took."""
+        while self._as_arrived:
+            self._as_arrived.popleft().discard()
+        while self._by_index:
+            self._by_index.popitem()[1].discard()
+
+    def _notify(self) -> None:
+        with self._news:
+            self._news.notify_all()
+
+
+class IMapIterator(Generic[T]):
+    """The iterator of ``imap`` and ``imap_unordered``; may be shared by threads.
+
+    Input is drawn as results are consumed. Dropping the iterator gives up what was not consumed.
+    """
+
+    def __init__(self, stream: Stream, keep: object) -> None:
+        self._stream = stream
+        self._keep: object = keep  # the pool, so that it is not collected while we are consumed
+
+    def __iter__(self) -> IMapIterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        return self.next()
+
+    def next(self, timeout: float | None = None) -> T:
+        """The next result.
+
+        Args:
+            timeout: seconds to wait for it; None waits for as long as it takes.
+
+        Raises:
+            StopIteration: there are no more.
+            multiprocessing.TimeoutError: it did not come in time; it is still due.
+            Exception: what the task, or the input's iterator, raised. The next call gives the next result.
+        """
+        try:
+            result = self._stream.take(timeout)
+        except StopIteration:
+            self._keep = None
+            raise StopIteration from None
+        succeeded, value = decode(result)
+        if not succeeded:
+            raise value
+        item: T = value
+        return item

@@ -1,0 +1,332 @@
+"""Which bytes of an arena are free.
+
+An arena is a sparse memfd that each process of a pool maps whole, once (:class:`Arena`). Its owner hands out blocks::
+
+                      allocate                          free
+    cold extents ──────────────────►  block in use ──────────────►  free lists, one per size class ("warm")
+      ▲   (new pages: asks the budget)     ▲                             │        │
+      │                                    └── allocate (most recent first) ──────┘        │
+      └───────────────── trim: discard the pages, join neighbours ────────────────┘
+
+Reuse of warm memory is what makes sending cheap: new shared pages cost ten times as much as a copy into old ones.
+
+Nothing here locks: the lease table does. But user code may run inside a collection (or a signal handler) in the middle
+of anything here, and come back here from the same thread. So memory is first taken away by one atomic step, then
+handed on, and no variable is written back after a call that was read before it. An interruption (Ctrl-C) may at worst
+lose bytes, never give them out twice.
+"""
+
+from __future__ import annotations
+
+import os
+
+from tpool.errors import PlatformError, ProtocolError
+from tpool.tensors.budget import default_budget_nbytes
+from tpool.tensors.extents import ALIGNMENT, LARGE_NBYTES, Extents, class_nbytes, whole_pages_nbytes
+from tpool.tensors.ledger import Ledger
+from tpool.tensors.memfd import PAGE_NBYTES, Arena
+
+__all__ = ["Allocator", "Arena", "Ledger", "default_budget_nbytes"]
+
+# A request for a large block may be served by a warm one that is up to one part in this many larger: wasted bytes
+# against new pages.
+_SLACK = 8
+
+
+class Allocator:
+    """Which bytes of one arena are free. Used by the arena's owner alone, under the lock of its lease table.
+
+    Every byte of the arena is in exactly one place: a block in use, a free block (young, aged), the bump extent, or
+    another extent (cold, or warm: committed, but of no size class yet).
+
+    Pages wholly inside one cold extent (or the bump extent) are not committed; all others count as committed, in
+    ``committed_nbytes`` and in the ledger.
+
+    Args:
+        arena: an arena that nobody allocates from yet.
+        ledger: its pool's ledger.
+        index: the arena's counter there.
+    """
+
+    __slots__ = (
+        "_aged",
+        "_bump",
+        "_bump_end",
+        "_cold",
+        "_sizes",
+        "_warm",
+        "_young",
+        "arena",
+        "committed_nbytes",
+        "index",
+        "ledger",
+        "used_nbytes",
+    )
+
+    def __init__(self, arena: Arena, ledger: Ledger, index: int) -> None:
+        self.arena = arena
+        self.ledger = ledger
+        self.index = index
+        self.used_nbytes = 0
+        self.committed_nbytes = 0
+        self._sizes: dict[int, int] = {}  # offset of each block in use: its size
+        # Offsets of free blocks by size, most recently freed last. Young: freed since the last trim of aged ones.
+        self._young: dict[int, list[int]] = {}
+        self._aged: dict[int, list[int]] = {}
+        self._warm = Extents()
+        self._cold = Extents()
+        # The cold extent that new blocks are cut from, so that a burst of small ones lies together.
+        self._bump = 0
+        self._bump_end = arena.nbytes
+
+    @property
+    def blocks_in_use(self) -> int:
+        """How many blocks are neither free nor discarded."""
+        return len(self._sizes)
+
+    def allocate(self, nbytes: int) -> int | None:
+        """The offset of a block of at least ``nbytes`` (at least 1), on a 64-byte boundary, from 4 KiB on a page's.
+
+        Returns:
+            None when the arena is full or the budget spent, even after discarding all that is free here.
+        """
+        size = class_nbytes(nbytes)
+        young = self._young.get(size)
+        if young:
+            offset = young.pop()
+            self._sizes[offset] = size
+            self.used_nbytes += size
+            return offset
+        return self._allocate_slowly(size)
+
+    def _allocate_slowly(self, size: int) -> int | None:
+        block = self._reuse(size) or self._carve_warm(size) or self._carve_cold(size)
+        if block is None:
+            self.trim()
+            block = self._carve_cold(size)
+        if block is None:
+            return None
+        offset, size = block
+        self._sizes[offset] = size
+        self.used_nbytes += size
+        return offset
+
+    def _reuse(self, size: int) -> tuple[int, int] | None:
+        """A free block of this class or, for large ones, of one slightly above."""
+        most = size + size // _SLACK if size > LARGE_NBYTES else size
+        while size <= most:
+            for free in (self._young.get(size), self._aged.get(size)):
+                if free:
+                    return free.pop(), size
+            size = class_nbytes(size + 1)
+        return None
+
+    def _carve_warm(self, size: int) -> tuple[int, int] | None:
+        extent = self._warm.take(size)
+        if extent is None:
+            return None
+        start = _align(extent[0], size)
+        self._warm.put(extent[0], start)
+        self._warm.put(start + size, extent[1])
+        return start, size
+
+    def _carve_cold(self, size: int) -> tuple[int, int] | None:
+        """Cut a block from the bump extent, or from another cold extent, which becomes the bump extent."""
+        while True:
+            first, limit = self._bump, self._bump_end
+            start = _align(first, size)
+            if start + size > limit:
+                extent = self._cold.take(size)
+                if extent is None:
+                    return None
+                self._cut_from(extent)
+                continue
+            fresh = whole_pages_nbytes(first, limit) - whole_pages_nbytes(start + size, limit)
+            if fresh and not self._commit(fresh):
+                return None
+            end = start + size
+            if self._bump == first and self._bump_end == limit:
+                self._bump = end  # no call since the comparison: nobody came between
+                self._cold.put(first, start)
+                return start, size
+            self._commit(-fresh)  # user code inside a collection was faster: again
+
+    def _cut_from(self, extent: tuple[int, int]) -> None:
+        start, end = extent
+        first, limit = self._bump, self._bump_end
+        self._bump = start
+        self._bump_end = end
+        self._cold.put(first, limit)
+
+    def _commit(self, nbytes: int) -> bool:
+        """Count bytes as committed, unless the pool's budget forbids it.
+
+        Added first, looked at then: of two processes that want the last bytes at once perhaps none gets them, but
+        never both.
+        """
+        self.committed_nbytes += nbytes
+        self.ledger.set_committed(self.index, self.committed_nbytes)
+        if nbytes <= 0 or self.ledger.committed_nbytes() <= self.ledger.budget_nbytes:
+            return True
+        self.committed_nbytes -= nbytes
+        self.ledger.set_committed(self.index, self.committed_nbytes)
+        return False
+
+    def free(self, offset: int) -> None:
+        """The block in use at ``offset`` is free again; it is the first to be reused."""
+        size = self._sizes.pop(offset)
+        self.used_nbytes -= size
+        young = self._young.get(size)
+        if young is None:
+            young = self._young.setdefault(size, [])
+        young.append(offset)
+
+    # A new owner of an old arena ----------------------------------------------------------------------------------
+
+    def reserve(self, offset: int, nbytes: int) -> None:
+        """Mark as in use a block that an earlier owner allocated. Before the first allocation; cheapest in order.
+
+        Raises:
+            ProtocolError: there cannot be such a block.
+        """
+        size = class_nbytes(nbytes) if nbytes > 0 else 0
+        end = offset + size
+        if not size or offset < 0 or end > self.arena.nbytes or _align(offset, size) != offset:
+            raise ProtocolError(f"no block of {nbytes} bytes at {offset} can live in an arena of {self.arena.nbytes}")
+        if not self._bump <= offset <= end <= self._bump_end:
+            extent = self._cold.take_containing(offset, end)
+            if extent is None:
+                raise ProtocolError(f"the block of {nbytes} bytes at {offset} overlaps another one")
+            self._cut_from(extent)
+        first, limit = self._bump, self._bump_end
+        self._bump = end
+        self._cold.put(first, offset)
+        # The dead owner's pages are committed, whatever the budget says.
+        pages = whole_pages_nbytes(first, limit) - whole_pages_nbytes(first, offset) - whole_pages_nbytes(end, limit)
+        self.committed_nbytes += pages
+        self._sizes[offset] = size
+        self.used_nbytes += size
+
+    def adopt(self) -> None:
+        """After all reserves: find the pages that the earlier owner left warm, and correct the ledger."""
+        extents = self._cold.take_all()
+        extents.append((self._bump, self._bump_end))
+        self._bump = self._bump_end = 0
+        for start, end in sorted(extents, reverse=True):
+            self._adopt_extent(start, end)
+        self.ledger.set_committed(self.index, self.committed_nbytes)
+        self.ledger.set_waiting(self.index, False)
+
+    def _adopt_extent(self, start: int, end: int) -> None:
+        first = -(-start // PAGE_NBYTES) * PAGE_NBYTES
+        last = end // PAGE_NBYTES * PAGE_NBYTES
+        while first < last:
+            try:
+                data = os.lseek(self.arena.fd, first, os.SEEK_DATA)
+                hole = min(os.lseek(self.arena.fd, data, os.SEEK_HOLE), last)
+            except OSError:  # ENXIO: no data from here on; EINVAL: this system cannot tell, so nothing is warm
+                break
+            if data >= last:
+                break
+            self._cold.put(start, data)
+            self._warm.put(data, hole)
+            self.committed_nbytes += hole - data
+            start = first = hole
+        self._cold.put(start, end)
+
+    # Giving memory back to the system -----------------------------------------------------------------------------
+
+    def trim(self, *, aged_only: bool = False) -> int:
+        """Discard free memory and join it with its neighbours.
+
+        Args:
+            aged_only: only blocks that were not used since the last call with this (called at even intervals), and
+                what an earlier owner left behind.
+
+        Returns:
+            The bytes given back to the ledger.
+        """
+        blocks = _take_blocks(self._aged)
+        if aged_only:
+            self._aged, self._young = self._young, self._aged
+        else:
+            blocks += _take_blocks(self._young)
+        if not blocks and not self._warm.peek():
+            return 0
+        # (start, end, kind): the kind tells where a part goes back to if its pages stay.
+        parts = [(start, end, self._cold) for start, end in self._cold.take_all()]
+        parts += [(start, end, self._warm) for start, end in self._warm.take_all()]
+        first, limit = self._bump, self._bump_end
+        self._bump = self._bump_end = 0
+        if first < limit:
+            parts.append((first, limit, self._cold))
+        return self._join([*parts, *blocks])
+
+    def _join(self, parts: list[tuple[int, int, Extents | None]]) -> int:
+        """Make cold extents of all runs of neighbouring free parts that contain a whole page."""
+        parts.sort(key=lambda part: part[0], reverse=True)
+        before = self.committed_nbytes
+        while parts:
+            run = [parts.pop()]
+            while parts and parts[-1][0] == run[-1][1]:
+                run.append(parts.pop())
+            if whole_pages_nbytes(run[0][0], run[-1][1]) and self._discard(run):
+                self._cold.put(run[0][0], run[-1][1])
+            else:
+                self._keep(run)
+        return before - self.committed_nbytes
+
+    def _discard(self, run: list[tuple[int, int, Extents | None]]) -> bool:
+        """Discard the committed pages of a run: those not wholly inside one of its cold parts."""
+        position, end = run[0][0], run[-1][1]
+        gaps = []
+        for part in run:
+            if part[2] is self._cold and whole_pages_nbytes(part[0], part[1]):
+                gaps.append((position, -(-part[0] // PAGE_NBYTES) * PAGE_NBYTES))
+                position = part[1] // PAGE_NBYTES * PAGE_NBYTES
+        gaps.append((position, end))
+        try:
+            for start, stop in gaps:
+                self.arena.discard(start, stop - start)
+        except PlatformError:  # some sandboxes cannot: then the memory stays warm, and ours
+            return False
+        self._commit(-sum(whole_pages_nbytes(start, stop) for start, stop in gaps))
+        return True
+
+    def _keep(self, run: list[tuple[int, int, Extents | None]]) -> None:
+        for start, end, extents in run:
+            if extents is None:
+                self._aged.setdefault(end - start, []).append(start)
+            else:
+                extents.put(start, end)
+
+    def check(self) -> None:
+        """Assert the invariants; for tests."""
+        cold = [*self._cold.peek(), (self._bump, self._bump_end)]
+        free = [
+            (offset, offset + size) for lists in (self._young, self._aged) for size in lists for offset in lists[size]
+        ]
+        used = [(offset, offset + size) for offset, size in self._sizes.items()]
+        end = 0
+        for start, stop in sorted(part for part in [*cold, *self._warm.peek(), *free, *used] if part[0] < part[1]):
+            assert start == end, f"bytes {end} to {start} are lost or given twice"
+            end = stop
+        assert end == self.arena.nbytes
+        uncommitted = sum(whole_pages_nbytes(start, stop) for start, stop in cold)
+        assert self.committed_nbytes == self.arena.nbytes - uncommitted
+        assert self.used_nbytes == sum(self._sizes.values())
+        assert self.ledger.committed_nbytes(self.index) == self.committed_nbytes
+
+
+def _align(offset: int, size: int) -> int:
+    mask = (ALIGNMENT if size < PAGE_NBYTES else PAGE_NBYTES) - 1
+    return offset + mask & ~mask
+
+
+def _take_blocks(lists: dict[int, list[int]]) -> list[tuple[int, int, Extents | None]]:
+    taken: list[tuple[int, int, Extents | None]] = []
+    for size, offsets in list(lists.items()):
+        while offsets:
+            offset = offsets.pop()
+            taken.append((offset, offset + size, None))
+    return taken

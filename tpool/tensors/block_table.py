@@ -1,0 +1,245 @@
+"""The blocks of shared memory that live in this process: the arenas it has mapped, and one entry per live block.
+
+Views die in any thread, inside any collection, even inside our own critical sections. So a dying view only appends to
+a deque, by a C method; whoever calls next drains it. There is one re-entrant lock, held for short steps in which
+nothing is allocated that could start a collection. User code may nevertheless come back here in the same thread (a
+collection, a signal handler); each change of a shared variable is therefore one step without a call inside.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from pickle import PickleBuffer
+
+from tpool.errors import PoolEndedError, ProtocolError
+from tpool.tensors.arena import Allocator, Arena
+from tpool.tensors.entries import Block, Entry, Mapped, Peer, Watch
+from tpool.tensors.forks import ForkPipes
+
+__all__ = ["BlockTable", "trim_if_needed"]
+
+
+class BlockTable:
+    """Arenas, the blocks in them that live here, and the forked children that may read them.
+
+    Any thread may call any method. An entry goes when its views are dead, nothing is lent (that is counted by
+    ``LeaseTable``) and no child may read it.
+    """
+
+    def __init__(self) -> None:
+        self._pipes = ForkPipes()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._lock = threading.RLock()
+        self._dead: deque[Watch] = deque()
+        self._entries: dict[int, Entry] = {}  # by address
+        self._mapped: dict[int, Mapped] = {}  # by arena id
+        self._peers: set[Peer] = set()  # who ever held a lease and was not forgotten; for check
+        self._held_by_fork: dict[int, list[Entry]] = {}
+
+    # Arenas --------------------------------------------------------------------------------------------------------
+
+    def add(self, arena: Arena, allocator: Allocator | None = None) -> None:
+        """Know this arena from now on; adding it again changes nothing.
+
+        Args:
+            arena: taken over; closed after ``remove``.
+            allocator: given if this process hands out the arena's memory.
+
+        Raises:
+            ProtocolError: another arena has the same id.
+        """
+        mapped = Mapped(arena, allocator)
+        with self._lock:
+            if self._mapped.setdefault(arena.id, mapped).arena is not arena:
+                raise ProtocolError(f"there are two arenas with the id {arena.id:016x}")
+
+    def remove(self, arena: Arena) -> None:
+        """The arena's pool has ended: it is closed once no block of it lives here, and nobody is told any more."""
+        with self._lock:
+            self._drain()
+            mapped = self._mapped.get(arena.id)
+            if mapped is not None and mapped.arena is arena:
+                mapped.removed = True
+                self._close_if_empty(mapped)
+
+    def arena(self, id: int) -> Arena | None:
+        """The arena of that id, if this process has mapped it."""
+        mapped = self._mapped.get(id)
+        return None if mapped is None else mapped.arena
+
+    def _close_if_empty(self, mapped: Mapped) -> None:
+        if not mapped.entries:
+            self._mapped.pop(mapped.arena.id, None)
+            mapped.arena.close()
+
+    # Blocks --------------------------------------------------------------------------------------------------------
+
+    def allocate(self, arena: Arena, nbytes: int) -> Block | None:
+        """A new block, warm if possible; its bytes are whatever was there before.
+
+        Args:
+            arena: one of ours.
+            nbytes: at least 1.
+
+        Returns:
+            None while the budget is spent or the arena full; see ``leases.Memory`` for waiting.
+
+        Raises:
+            PoolEndedError: the arena was removed, or belongs to the process that forked us.
+        """
+        with self._lock:
+            if self._dead:
+                self._drain()
+            mapped = self._mapped.get(arena.id)
+            allocator = None if mapped is None or mapped.removed else mapped.allocator
+            if mapped is None or allocator is None:
+                raise PoolEndedError("the pool was closed, or belongs to the process that forked this one")
+            offset = allocator.allocate(nbytes)
+            if offset is None and self._end_holds():
+                offset = allocator.allocate(nbytes)
+        if offset is None:
+            return None
+        guard, watch = self._watch(arena, offset, nbytes)
+        self._entries[watch.address] = Entry(mapped, offset, nbytes, watch, None)
+        return Block(arena, offset, nbytes, memoryview(PickleBuffer(guard)))
+
+    def _watch(self, arena: Arena, offset: int, nbytes: int) -> tuple[memoryview, Watch]:
+        memory = arena.memory
+        if memory is None:
+            raise PoolEndedError("the pool was closed meanwhile")
+        guard = memory[offset : offset + nbytes]
+        watch = Watch(guard, self._dead.append)
+        watch.address = arena.address + offset
+        return guard, watch
+
+    def find(self, address: int) -> Block | None:
+        """The live block that starts at this address, in any arena; None if there is none or its views are dead."""
+        entry = self._entries.get(address)
+        if entry is None:
+            return None
+        watch = entry.watch
+        guard = None if watch is None else watch()
+        if guard is None:
+            return None
+        return Block(entry.mapped.arena, entry.offset, entry.nbytes, memoryview(PickleBuffer(guard)))
+
+    def _settle(self, entry: Entry) -> None:
+        """Let the entry go if nothing needs it any more."""
+        if entry.watch is not None or entry.lent or entry.holds:
+            return
+        if self._entries.pop(entry.address, None) is None:
+            return
+        # Only now, when nobody can find the entry any more, may its memory be used again.
+        mapped = entry.mapped
+        if mapped.allocator is not None:
+            mapped.allocator.free(entry.offset)
+        else:
+            mapped.drop_offset(entry.offset)
+            if entry.anchor is not None and not mapped.removed:
+                entry.anchor.owe(entry)
+        if mapped.removed:
+            self._close_if_empty(mapped)
+
+    def _drain(self) -> None:
+        """Notice the views that died."""
+        dead, entries = self._dead, self._entries
+        while dead:
+            watch = dead.popleft()
+            entry = entries.get(watch.address)
+            if entry is not None and entry.watch is watch:  # otherwise the block got a new view since
+                entry.watch = None
+                self._settle(entry)
+
+    # Housekeeping --------------------------------------------------------------------------------------------------
+
+    def collect(self) -> None:
+        """Notice dead views and ended children; give memory back if another process of the pool waits for some.
+
+        Call it before a thread that serves others blocks or goes idle.
+        """
+        with self._lock:
+            self._drain()
+            self._end_holds()
+            for mapped in list(self._mapped.values()):
+                if mapped.allocator is not None:
+                    trim_if_needed(mapped.allocator)
+
+    def trim(self, arena: Arena | None = None, *, aged_only: bool = False) -> int:
+        """Give free memory back to the system and to the pool's budget.
+
+        Args:
+            arena: one of ours; all of ours without it.
+            aged_only: only what was not used since the last such call; call it at even intervals.
+
+        Returns:
+            How many bytes that were.
+        """
+        with self._lock:
+            self._drain()
+            self._end_holds()
+            allocators = [mapped.allocator for mapped in self._mapped.values() if arena in (None, mapped.arena)]
+            return sum(allocator.trim(aged_only=aged_only) for allocator in allocators if allocator is not None)
+
+    def may_come_back(self, arena: Arena) -> bool:
+        """Whether somebody else has what we may get: leases or holds on our blocks, or memory of the same budget."""
+        with self._lock:
+            mapped = self._mapped.get(arena.id)
+            if mapped is None or mapped.allocator is None:
+                return False
+            if mapped.allocator.ledger.committed_nbytes() > mapped.allocator.committed_nbytes:
+                return True
+            return any(entry.mapped is mapped and (entry.lent or entry.holds) for entry in self._entries.values())
+
+    def allocator(self, arena: Arena) -> Allocator | None:
+        """Who hands out this arena's memory, if we own it; for figures, not for use."""
+        mapped = self._mapped.get(arena.id)
+        return None if mapped is None else mapped.allocator
+
+    # Forks ---------------------------------------------------------------------------------------------------------
+
+    def before_fork(self) -> None:
+        """Fork hook: bring the table into a state that both sides can go on from."""
+        self._lock.acquire()
+        self._drain()
+        if self._entries:
+            self._pipes.before()
+
+    def after_fork_in_parent(self) -> None:
+        """Fork hook: whatever the child can read is held for it."""
+        try:
+            child = self._pipes.in_parent()
+            if child is not None:
+                entries = [entry for entry in self._entries.values() if entry.watch is not None]
+                for entry in entries:
+                    entry.holds += 1
+                self._held_by_fork.setdefault(child, []).extend(entries)
+        finally:
+            self._lock.release()
+
+    def after_fork_in_child(self) -> None:
+        """Fork hook: start anew, with no arena; what we inherited stays readable, and is the parent's to free."""
+        self._pipes.in_child()
+        inherited = list(self._mapped.values())
+        self._reset()
+        for mapped in inherited:
+            mapped.arena.close()
+
+    def _end_holds(self) -> bool:
+        """End the holds of children that are gone; True if there were any."""
+        if not self._held_by_fork:
+            return False
+        ended = self._pipes.take_ended()
+        for child in ended:
+            for entry in self._held_by_fork.pop(child):
+                entry.holds -= 1
+                self._settle(entry)
+        return bool(ended)
+
+
+def trim_if_needed(allocator: Allocator) -> None:
+    """Give free memory back if another process of the pool waits for some."""
+    if allocator.ledger.anyone_waiting(besides=allocator.index):
+        allocator.trim()

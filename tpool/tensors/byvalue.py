@@ -1,0 +1,480 @@
+"""Functions and classes as pickle's reduce values, so that they travel by value.
+
+The machinery is cloudpickle's; what differs, and why:
+
+- A function's globals are not copied if they are a module's: the receiver uses its own module of that name. So all
+  functions of one ``__main__`` share one namespace there.
+- Cells keep their identity, so functions that share a ``nonlocal`` variable still do.
+- A class goes in two parts, skeleton and attributes, so that the writer may put other definitions between them. Its
+  hooks (``__init_subclass__``, a metaclass that travels by value) are not run again: what they did travels as state.
+- ``__slots__`` are slots in the receiver too, aliases of enums stay, and their members keep their attributes.
+- ``functools.cache``, ``functools.singledispatch``, ``typing.NewType`` and its kin, which pickle only by name.
+
+Nothing here knows of ids, groups or payloads: see ``definitions``.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import dataclasses
+import dis
+import enum
+import functools
+import importlib
+import sys
+import types
+import typing
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import cloudpickle.cloudpickle as _cloudpickle
+
+__all__ = [
+    "DISPATCH",
+    "MAIN",
+    "MISSING",
+    "NAMED_TYPES",
+    "CodeNames",
+    "annotated_names",
+    "class_attributes",
+    "fill_class",
+    "importable",
+    "is_builtin_type",
+    "is_class",
+    "is_function",
+    "lookup",
+    "main_namespace",
+    "of_main",
+    "reachable",
+    "reduce_class",
+    "reduce_here",
+    "reduce_skeleton",
+]
+
+MAIN = frozenset({"__main__", "__mp_main__"})
+"""Modules that no other process can import by name (the second is what ``multiprocessing`` calls its copy)."""
+
+MISSING = object()
+"""What a name that does not exist is bound to."""
+
+Reduced = tuple[Any, ...]
+
+# By id(), for a metaclass may make its classes unhashable. These types live as long as the interpreter.
+_BUILTIN_TYPES: dict[int, str] = {id(kind): name for kind, name in _cloudpickle._BUILTIN_TYPE_NAMES.items()}
+
+
+def main_namespace() -> dict[str, Any]:
+    """The global names of this process's ``__main__``."""
+    return vars(sys.modules["__main__"])
+
+
+def is_class(obj: object) -> bool:
+    """Whether it is a class, whatever it claims."""
+    return issubclass(type(obj), type)
+
+
+def is_function(obj: object) -> bool:
+    """Whether it is a function in Python."""
+    return isinstance(obj, types.FunctionType)
+
+
+def is_builtin_type(obj: object) -> bool:
+    """Whether it is one of the interpreter's own types, which are found only in module ``types``."""
+    return id(obj) in _BUILTIN_TYPES
+
+
+def of_main(obj: Any) -> bool:
+    """Whether it is a function whose globals are those of this process's ``__main__``."""
+    return is_function(obj) and obj.__globals__ is main_namespace()
+
+
+def lookup(namespace: dict[str, Any], qualname: str) -> object:
+    """What is found under a dotted name, looking into classes only; ``MISSING`` if nothing is."""
+    first, *rest = qualname.split(".")
+    found = namespace.get(first, MISSING)
+    for name in rest:
+        found = getattr(found, name, MISSING) if is_class(found) else MISSING
+    return found
+
+
+def reachable(namespace: dict[str, Any], obj: Any, name: str | None = None) -> str | None:
+    """The dotted name under which an object of ``__main__`` is found there; None if something else is there.
+
+    Args:
+        namespace: of ``__main__``.
+        obj: which.
+        name: its dotted name, if it has none of its own.
+    """
+    if getattr(obj, "__module__", None) not in MAIN:
+        return None
+    name = name or _name_of(obj)
+    return name if name is not None and lookup(namespace, name) is obj else None
+
+
+def importable(obj: Any) -> bool:
+    """Whether a function, class or other named object is found by every process in the module it says it is of."""
+    module_name = getattr(obj, "__module__", None)
+    if module_name in MAIN:
+        return False
+    if not _cloudpickle._PICKLE_BY_VALUE_MODULES:
+        # The quick way, for nearly all; what it does not find, cloudpickle may.
+        module = sys.modules.get(module_name)  # type: ignore[arg-type]
+        if module is not None and vars(module).get(_name_of(obj)) is obj:  # type: ignore[arg-type]
+            return True
+    if not is_function(obj) and not is_class(obj):
+        return False
+    return bool(_cloudpickle._should_pickle_by_reference(obj))
+
+
+def _name_of(obj: Any) -> str | None:
+    name = getattr(obj, "__qualname__", None) or getattr(obj, "__name__", None)
+    return name if isinstance(name, str) else None
+
+
+def reduce_here(obj: Any, copies: dict[int, dict[str, Any]], names: CodeNames) -> Reduced:
+    """By value: a function, a type of the interpreter's, or an object that else pickles only by name.
+
+    Args:
+        obj: which.
+        copies: of one stream: the copy of each namespace that is no module's, by the id of the original.
+        names: what code refers to.
+    """
+    if is_function(obj):
+        return _reduce_function(obj, copies, names)
+    if is_class(obj):
+        return _cloudpickle._builtin_type, (_BUILTIN_TYPES[id(obj)],)
+    return _reduce_named(obj)
+
+
+# Which names a function refers to ----------------------------------------------------------------------------------
+
+# LOAD_NAME: the body of a class inside a function. LOAD_FROM_DICT_OR_GLOBALS: the same from Python 3.12 on.
+_GLOBAL_OPS = frozenset({"LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"})
+
+# What belongs to the module itself and not to the program.
+_NOT_BOUND = frozenset({"__builtins__", "__loader__", "__name__", "__spec__"})
+
+
+class CodeNames:
+    """Remembers, for each code object, which global names and which attributes it mentions. Any thread may call."""
+
+    def __init__(self) -> None:
+        self._known: weakref.WeakKeyDictionary[types.CodeType, tuple[tuple[str, ...], tuple[str, ...]]] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def globals_of(self, function: types.FunctionType) -> tuple[str, ...]:
+        """Global names that the function, what is nested in it, and its annotations in text refer to."""
+        return self._of_code(function.__code__)[0] + annotated_names(function)
+
+    def globals_within(self, obj: Any) -> tuple[str, ...]:
+        """Names of ``__main__`` that a function or class refers to, with all functions that it holds."""
+        names: dict[str, None] = {}
+        seen: set[int] = set()
+        pending = [obj]
+        while pending:
+            part = pending.pop()
+            if id(part) not in seen:
+                seen.add(id(part))
+                pending.extend(_parts_of(part))
+                if of_main(part):
+                    names.update(dict.fromkeys(self.globals_of(part)))
+        return tuple(names)
+
+    def submodules_of(self, function: types.FunctionType) -> list[types.ModuleType]:
+        """Modules that the function reaches as attributes of a package, which somebody must have imported."""
+        names, attributes = self._of_code(function.__code__)
+        values = [function.__globals__.get(name) for name in names]
+        values += _cell_contents(function)
+        found: list[types.ModuleType] = []
+        pending = [value for value in values if isinstance(value, types.ModuleType) and hasattr(value, "__path__")]
+        while pending:
+            package = pending.pop()
+            for attribute in attributes:
+                module = sys.modules.get(f"{package.__name__}.{attribute}")
+                if module is not None and module not in found:
+                    found.append(module)
+                    pending.append(module)
+        return found
+
+    def _of_code(self, code: types.CodeType) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        known = self._known.get(code)
+        if known is None:
+            names: dict[str, None] = {}
+            attributes: dict[str, None] = {}
+            for each in _with_nested(code):
+                attributes.update(dict.fromkeys(each.co_names))
+                for instruction in dis.get_instructions(each):
+                    if instruction.opname in _GLOBAL_OPS:
+                        names[instruction.argval] = None
+                    elif instruction.opname == "IMPORT_NAME":
+                        names["__package__"] = None  # in case that it is a relative import
+            known = self._known[code] = (tuple(n for n in names if n not in _NOT_BOUND), tuple(attributes))
+        return known
+
+
+def _with_nested(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _with_nested(constant)
+
+
+def annotated_names(obj: Any) -> tuple[str, ...]:
+    """Names in annotations that are text (``from __future__ import annotations``); tools evaluate them."""
+    names: dict[str, None] = {}
+    with suppress(NameError):  # Python 3.14 evaluates annotations now, and a name may be missing
+        for annotation in dict(getattr(obj, "__annotations__", None) or {}).values():
+            if isinstance(annotation, str):
+                with suppress(SyntaxError, ValueError):  # any text is allowed there
+                    names.update(dict.fromkeys(compile(annotation, "<annotation>", "eval").co_names))
+    return tuple(names)
+
+
+def _cell_contents(function: types.FunctionType) -> list[Any]:
+    contents = []
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # an empty cell
+            contents.append(cell.cell_contents)
+    return contents
+
+
+def _parts_of(obj: Any) -> list[Any]:
+    """What a function, method, property, cached function or class of ``__main__`` holds that may be a function."""
+    if is_function(obj):
+        return [*_cell_contents(obj), *vars(obj).values()]
+    if is_class(obj):
+        return [*vars(obj).values(), *obj.__bases__, type(obj)] if obj.__module__ in MAIN else []
+    if isinstance(obj, property):
+        return [obj.fget, obj.fset, obj.fdel]
+    if isinstance(obj, (classmethod, staticmethod, functools.cached_property, functools._lru_cache_wrapper)):
+        return [getattr(obj, "func", None), getattr(obj, "__wrapped__", None)]
+    return []
+
+
+# Functions ---------------------------------------------------------------------------------------------------------
+
+
+def _reduce_function(function: Any, copies: dict[int, dict[str, Any]], names: CodeNames) -> Reduced:
+    if function.__code__ is _SINGLEDISPATCH:
+        return _make_singledispatch, (dict(function.registry),)
+    namespace: str | dict[str, Any] | None = _home_of(function)
+    values: dict[str, Any] = {}
+    if namespace is None:
+        source = function.__globals__
+        namespace = copies.setdefault(id(source), {k: source[k] for k in _MODULE_NAMES if k in source})
+        values = {name: source[name] for name in names.globals_of(function) if name in source}
+    arguments = (function.__code__, namespace, function.__name__, function.__closure__)
+    own = {name: getattr(function, name) for name in _FUNCTION_STATE if hasattr(function, name)}
+    state = (own, dict(vars(function)), values, names.submodules_of(function))
+    return _make_function, arguments, state, None, None, _fill_function
+
+
+_MODULE_NAMES = ("__name__", "__package__", "__path__", "__file__")
+_FUNCTION_STATE = (
+    "__qualname__",
+    "__module__",
+    "__doc__",
+    "__defaults__",
+    "__kwdefaults__",
+    "__annotations__",
+    "__type_params__",
+)
+
+
+def _home_of(function: types.FunctionType) -> str | None:
+    """The name of the module whose names are the function's globals, if the receiver has that module."""
+    space = function.__globals__
+    if space is main_namespace():
+        return "__main__"
+    name = space.get("__name__")
+    module = sys.modules.get(name) if isinstance(name, str) and name not in MAIN else None
+    if module is None or vars(module) is not space or getattr(module, "__spec__", None) is None:
+        return None
+    return None if _cloudpickle._is_registered_pickle_by_value(module) else name
+
+
+def _make_function(
+    code: types.CodeType,
+    namespace: str | dict[str, Any],
+    name: str,
+    closure: tuple[types.CellType, ...] | None,
+) -> types.FunctionType:
+    if isinstance(namespace, str):
+        # __main__ is this process's, which need not be the module that an import would find.
+        module = sys.modules.get(namespace) or importlib.import_module(namespace)
+        return types.FunctionType(code, vars(module), name, None, closure)
+    namespace.setdefault("__builtins__", __builtins__)
+    return types.FunctionType(code, namespace, name, None, closure)
+
+
+def _fill_function(function: Any, state: tuple[dict[str, Any], dict[str, Any], dict[str, Any], object]) -> None:
+    own, attributes, values, _ = state  # the last: submodules, imported by being named
+    for name, value in own.items():
+        setattr(function, name, value)
+    vars(function).update(attributes)
+    function.__globals__.update(values)
+
+
+# Compared by identity: each singledispatch function runs this very code.
+_a_singledispatch: Any = functools.singledispatch(len)
+_SINGLEDISPATCH: types.CodeType = _a_singledispatch.__code__
+
+
+def _make_singledispatch(registry: dict[type, Any]) -> Any:
+    function = functools.singledispatch(registry.pop(object))
+    for cls, implementation in registry.items():
+        function.register(cls, implementation)
+    return function
+
+
+def _reduce_cell(cell: types.CellType) -> Reduced:
+    # The cell comes first and its contents later, for they may refer to the function whose cell it is.
+    try:
+        contents = cell.cell_contents
+    except ValueError:  # empty
+        return _make_cell, ()
+    return _make_cell, (), (contents,), None, None, _fill_cell
+
+
+def _make_cell() -> types.CellType:
+    return types.CellType()
+
+
+def _fill_cell(cell: types.CellType, state: tuple[Any]) -> None:
+    cell.cell_contents = state[0]
+
+
+# Classes -----------------------------------------------------------------------------------------------------------
+
+
+def reduce_class(cls: type) -> Reduced:
+    """A class by value, whole."""
+    methods, others, hooks = class_attributes(cls)
+    return (*reduce_skeleton(cls), {**methods, **others, **hooks}, None, None, fill_class)
+
+
+def reduce_skeleton(cls: type) -> tuple[Callable[..., type], tuple[Any, ...]]:
+    """A class by value without its attributes, which follow by ``fill_class``."""
+    if issubclass(cls, enum.Enum):
+        bases, name, qualname, _, module, tracker, extra = _cloudpickle._enum_getnewargs(cls)
+        members = {member_name: member.value for member_name, member in cls.__members__.items()}  # aliases too
+        return _cloudpickle._make_skeleton_enum, (bases, name, qualname, members, module, tracker, extra)
+    _, name, bases, namespace, tracker, _ = _cloudpickle._class_getnewargs(cls)
+    if "__total__" not in vars(cls):  # the metaclass of a TypedDict wants the bases as they were written
+        bases = cls.__bases__
+    for attribute in ("__qualname__", "__orig_bases__", "__slots__"):
+        if attribute in vars(cls):
+            namespace[attribute] = getattr(cls, attribute)
+    namespace["__qualname__"] = cls.__qualname__
+    builder = next(kind for kind in type(cls).__mro__ if importable(kind))
+    return _make_class, (type(cls), builder, name, bases, namespace, tracker)
+
+
+def _make_class(
+    metaclass: Any, builder: Any, name: str, bases: tuple[Any, ...], namespace: dict[str, Any], tracker: str
+) -> type:
+    """An empty class; a metaclass that travels by value is not asked, but the ``builder`` that it derives from is."""
+    resolved = types.resolve_bases(bases)
+    cls = builder.__new__(metaclass, name, resolved, namespace)
+    builder.__init__(cls, name, resolved, namespace)
+    return _cloudpickle._lookup_class_or_track(tracker, cls)  # type: ignore[no-any-return]
+
+
+def class_attributes(cls: type) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """What ``fill_class`` sets on a skeleton: methods, other attributes, and hooks that subclassing would run."""
+    attributes, _ = _cloudpickle._class_getstate(cls)
+    if issubclass(cls, enum.Enum):
+        for name in (*_ENUM_OWN, *cls.__members__):
+            attributes.pop(name, None)
+        attributes[_MEMBERS] = {
+            name: {key: value for key, value in vars(member).items() if key not in _MEMBER_OWN}
+            for name, member in cls.__members__.items()
+        }
+    methods: dict[str, Any] = {}
+    others: dict[str, Any] = {}
+    hooks: dict[str, Any] = {}
+    for name, value in attributes.items():
+        if name in ("__orig_bases__", "__slots__"):
+            continue  # in the skeleton
+        if isinstance(value, types.MemberDescriptorType) and value.__objclass__ is cls:
+            continue  # a slot, made with the skeleton
+        kind = methods if isinstance(value, _METHOD_TYPES) else others
+        (hooks if name == "__init_subclass__" else kind)[name] = value
+    return methods, others, hooks
+
+
+_METHOD_TYPES = (types.FunctionType, classmethod, staticmethod, property)
+
+# Made anew with the members of an enum.
+_ENUM_OWN = (
+    "_generate_next_value_",
+    "_member_names_",
+    "_member_map_",
+    "_member_type_",
+    "_value2member_map_",
+    "_unhashable_values_",
+    "_unhashable_values_map_",
+    "_hashable_values_",
+    "__new__",
+)
+_MEMBER_OWN = frozenset({"_value_", "_name_", "__objclass__", "_sort_order_"})
+_MEMBERS = " members"  # no attribute of a class: not an identifier
+
+
+def fill_class(cls: Any, attributes: dict[str, Any]) -> None:
+    """Give a skeleton its attributes."""
+    for name, state in attributes.pop(_MEMBERS, {}).items():
+        vars(cls.__members__[name]).update(state)
+    # Not through a metaclass's own __setattr__: that may refuse, or count.
+    set_attribute = setattr if importable(type(cls)) else type.__setattr__
+    for subclass in attributes.pop("_abc_impl", ()):
+        cls.register(subclass)
+    for name, value in attributes.items():
+        set_attribute(cls, name, value)
+
+
+# What pickles only by name -----------------------------------------------------------------------------------------
+
+NAMED_TYPES: tuple[type, ...] = tuple(
+    kind
+    for kind in (
+        functools._lru_cache_wrapper,
+        typing.NewType,
+        typing.ParamSpec,
+        getattr(typing, "TypeVarTuple", None),
+    )
+    if isinstance(kind, type)
+)
+"""Types of objects that are made in modules, like functions, and whose ``__reduce__`` knows only their name."""
+
+
+def _reduce_named(obj: Any) -> Reduced:
+    if isinstance(obj, functools._lru_cache_wrapper):
+        return _make_cached, (obj.__wrapped__, obj.cache_parameters()), dict(vars(obj))
+    if isinstance(obj, typing.NewType):
+        return typing.NewType, (obj.__name__, obj.__supertype__), {"__module__": obj.__module__}
+    if isinstance(obj, NAMED_TYPES):
+        return type(obj), (obj.__name__,)  # type: ignore[attr-defined]
+    # One of the caller's own, whose __reduce__ gives a name.
+    return copyreg.__newobj__, (type(obj),), getattr(obj, "__dict__", None)  # type: ignore[attr-defined]
+
+
+def _make_cached(function: Callable[..., Any], parameters: dict[str, Any]) -> Any:
+    return functools.lru_cache(**parameters)(function)
+
+
+def _reduce_dataclass_sentinel(obj: object) -> str:
+    return next(name for name in ("MISSING", "KW_ONLY", "_HAS_DEFAULT_FACTORY") if getattr(dataclasses, name) is obj)
+
+
+DISPATCH: dict[type, Callable[[Any], Any]] = {
+    **_cloudpickle.Pickler._dispatch_table,
+    types.CellType: _reduce_cell,
+    type(dataclasses.MISSING): _reduce_dataclass_sentinel,
+    type(dataclasses.KW_ONLY): _reduce_dataclass_sentinel,
+    type(dataclasses._HAS_DEFAULT_FACTORY): _reduce_dataclass_sentinel,  # type: ignore[attr-defined]
+}
+"""Reducers by exact type: cloudpickle's, and ours."""

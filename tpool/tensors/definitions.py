@@ -1,0 +1,302 @@
+"""Functions and classes that travel by value: once per worker and version, later by id.
+
+::
+
+    caller's process                                          worker
+      Definitions ── group: defines f, C; binds np, model ──►   Registry ──► the names of its __main__
+          │  ▲                                                     │
+          │  └──────── a result names C by id: the caller's own ───┘
+          └── payload: "call definition 1", needs groups (1,) ──►
+
+What travels by value, and how:
+
+- functions, classes (and cached functions, ``NewType`` and the like) of ``__main__`` that are found there under their
+  qualified name, and all classes that cannot be imported: as *definitions*, by id. A version is the object itself.
+- other functions that cannot be imported (lambdas, nested ones, redefined ones): in the stream, each time.
+
+All functions of the caller's ``__main__`` run in the worker's ``__main__``: one namespace per worker. The names that
+they mention are *bound* there when they are first needed, and again only when the caller has bound the name to another
+object since. So what an initializer or a task sets, stays. What cannot be pickled is bound to a stand-in that says so
+when it is used: a function may mention a name that its worker never touches.
+
+Definitions and bindings travel in *groups*, in the order in which they were made. Invariants: an object has one
+definition; a group is made before the first payload that needs it is complete; ``_bindings`` names, for each name, the
+object that was last sent (a strong reference, so that identity is enough) and its group; a group that binds a name
+again requires the one before, so that a worker never gets them in the wrong order.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from operator import is_
+from typing import Any
+
+from tpool.tensors.byvalue import (
+    MISSING,
+    CodeNames,
+    Reduced,
+    importable,
+    is_builtin_type,
+    is_class,
+    lookup,
+    main_namespace,
+    of_main,
+    reachable,
+    reduce_here,
+)
+from tpool.tensors.groups import GroupPickler, GroupWriter
+from tpool.tensors.payload import DefinitionId, GroupId, Payload
+
+__all__ = ["Definitions", "Known"]
+
+# Combinations of groups for which the names to watch are remembered. A pool has as many as it has functions.
+_MAX_CLOSURES = 1024
+
+
+@dataclass(slots=True, eq=False)
+class Known:
+    """A definition: the object, how a stream refers to it, and the group that holds it."""
+
+    obj: object
+    reference: Reduced
+    group: GroupId
+
+
+@dataclass(slots=True, eq=False)
+class _Binding:
+    value: object
+    group: GroupId
+
+
+@dataclass(slots=True, eq=False)
+class _Group:
+    """What was sent together.
+
+    Attributes:
+        payload: None if it needs not be sent: it is empty, or all it bound was bound again.
+        names: global names that its definitions mention.
+        requires: groups to be loaded before (or, where the payload was dropped, in its place).
+        defines: whether it holds more than bindings.
+        bound: how many of its bindings are the current ones.
+        successors: groups that bound its names again.
+    """
+
+    payload: Payload | None
+    names: tuple[str, ...]
+    requires: frozenset[GroupId]
+    defines: bool
+    bound: int
+    successors: frozenset[GroupId] = frozenset()
+
+
+@dataclass(slots=True, eq=False)
+class _Closure:
+    """All that some groups need, valid while each of ``names`` still has its value in the caller's ``__main__``."""
+
+    groups: tuple[GroupId, ...]
+    names: tuple[str, ...]
+    values: tuple[object, ...]
+
+
+class Definitions:
+    """What one pool has defined in its workers. Any thread may call; ``group`` and ``missing`` never wait.
+
+    Args:
+        baseline: for workers that are forked from the caller: ``dict(vars(__main__))`` at the fork. What is the same
+            in it is not sent, for the worker has inherited it.
+    """
+
+    def __init__(self, baseline: dict[str, object] | None = None) -> None:
+        self.baseline: dict[str, object] = {} if baseline is None else baseline
+        self.names = CodeNames()
+        # Held while a group is made; whoever only reads (a payload without news, the handler) does without.
+        self._lock = threading.RLock()
+        self._ids = itertools.count(1)
+        self._known: dict[int, Known] = {}  # by id() of the object, which is kept alive
+        self._objects: dict[DefinitionId, object] = {}
+        self._bindings: dict[str, _Binding] = {}
+        self._groups: dict[GroupId, _Group] = {}
+        self._closures: dict[frozenset[GroupId], _Closure] = {}
+        self._mentions: dict[tuple[str, ...], GroupId] = {}
+
+    # For the engine ------------------------------------------------------------------------------------------------
+
+    def group(self, gid: GroupId) -> Payload | None:
+        """One group, None if nothing of it need be sent (any more)."""
+        return self._groups[gid].payload
+
+    def missing(self, groups: Iterable[GroupId], known: set[GroupId]) -> list[tuple[GroupId, Payload]]:
+        """The groups to send to a worker before a payload that needs ``groups``, in this order.
+
+        Args:
+            groups: of the payload.
+            known: groups the worker has; those it will have now are added.
+        """
+        if known.issuperset(groups):
+            return []
+        found: dict[GroupId, Payload | None] = {}
+        pending = list(groups)
+        while pending:
+            gid = pending.pop()
+            if gid not in known and gid not in found:
+                group = self._groups[gid]
+                found[gid] = group.payload  # before `requires`: where this is None already, that names the successors
+                pending.extend(group.requires)
+        known.update(found)
+        return [(gid, payload) for gid, payload in sorted(found.items()) if payload is not None]
+
+    # For the pickler -----------------------------------------------------------------------------------------------
+
+    def resolve(self, id: DefinitionId) -> object:
+        """The caller's own object, named in a result."""
+        return self._objects[id]
+
+    def inherited(self, qualname: str) -> object:
+        """The caller's own object, of those that forked workers inherited."""
+        return lookup(self.baseline, qualname)
+
+    def reduce(self, obj: Any, name: str | None, message: Any) -> Any:
+        """How a payload refers to a function, a class, or another object that is known by its name.
+
+        Args:
+            obj: which.
+            name: its qualified name, if not ``__qualname__``.
+            message: the payload that is being made: ``needed`` (groups), ``copies``, ``open_group()``.
+        """
+        known = self._known.get(id(obj))
+        if known is None:
+            if importable(obj):
+                return NotImplemented
+            if not self.is_definition(obj, name):
+                if of_main(obj):
+                    message.needed.add(self._mention(self.names.globals_of(obj), message.open_group))
+                return reduce_here(obj, message.copies, self.names)
+            known = self._define(obj, name, message.open_group)
+        message.needed.add(known.group)
+        return known.reference
+
+    def closure(self, roots: set[GroupId], open_group: Callable[[Any], GroupPickler]) -> tuple[GroupId, ...]:
+        """All groups that a payload needs which refers to ``roots``; binds again what the caller has bound anew."""
+        key = frozenset(roots)
+        known = self._closures.get(key)
+        if known is not None:
+            get = main_namespace().get
+            if all(map(is_, map(get, known.names, itertools.repeat(MISSING)), known.values)):
+                return known.groups
+        with self._lock:
+            return self._renew(key, open_group).groups
+
+    # Making groups -------------------------------------------------------------------------------------------------
+
+    def is_definition(self, obj: Any, name: str | None = None) -> bool:
+        """Whether something that cannot be imported travels by id."""
+        if is_class(obj):
+            return not is_builtin_type(obj)
+        return bool(reachable(main_namespace(), obj, name) or self.inherited_name(obj, name))
+
+    def inherited_name(self, obj: Any, name: str | None) -> str | None:
+        """The name under which a forked worker has the same object."""
+        return reachable(self.baseline, obj, name) if self.baseline else None
+
+    def known(self, obj: object) -> Known | None:
+        """The definition of an object that an earlier group defines."""
+        return self._known.get(id(obj))
+
+    def new_id(self) -> DefinitionId:
+        """An id for one more definition."""
+        return DefinitionId(next(self._ids))
+
+    def is_current(self, name: str, value: object) -> bool:
+        """Whether workers have this value under a name, as far as the caller is concerned."""
+        binding = self._bindings.get(name)
+        return value is (self.baseline.get(name, MISSING) if binding is None else binding.value)
+
+    def binding_group(self, name: str) -> GroupId | None:
+        """The group that last bound a name."""
+        binding = self._bindings.get(name)
+        return None if binding is None else binding.group
+
+    def _define(self, obj: Any, name: str | None, open_group: Callable[[Any], GroupPickler]) -> Known:
+        with self._lock:
+            known = self._known.get(id(obj))
+            if known is None:
+                writer = GroupWriter(self, open_group)
+                writer.define(obj, name)
+                self._commit(writer)
+                known = self._known[id(obj)]
+        return known
+
+    def _mention(self, names: tuple[str, ...], open_group: Callable[[Any], GroupPickler]) -> GroupId:
+        """A group that has no definitions, for a function that travels in the stream and mentions names."""
+        gid = self._mentions.get(names)
+        if gid is None:
+            with self._lock:
+                writer = GroupWriter(self, open_group)
+                writer.bind_all(names)
+                gid = self._mentions[names] = self._commit(writer)
+        return gid
+
+    def _renew(self, roots: frozenset[GroupId], open_group: Callable[[Any], GroupPickler]) -> _Closure:
+        while True:
+            groups, names = self._reach(roots)
+            space = main_namespace()
+            values = tuple(space.get(name, MISSING) for name in names)
+            stale = [n for n, v in zip(names, values, strict=True) if v is not MISSING and not self.is_current(n, v)]
+            if not stale:
+                break
+            writer = GroupWriter(self, open_group)
+            writer.bind_all(stale)
+            self._commit(writer)
+        if len(self._closures) >= _MAX_CLOSURES:
+            self._closures.clear()
+        closure = self._closures[roots] = _Closure(tuple(sorted(groups)), tuple(names), values)
+        return closure
+
+    def _reach(self, roots: Iterable[GroupId]) -> tuple[set[GroupId], dict[str, None]]:
+        groups: set[GroupId] = set()
+        names: dict[str, None] = {}
+        pending = list(roots)
+        while pending:
+            gid = pending.pop()
+            if gid in groups:
+                continue
+            groups.add(gid)
+            group = self._groups[gid]
+            pending.extend(group.requires)
+            for name in group.names:
+                names[name] = None
+                binding = self._bindings.get(name)
+                if binding is not None:
+                    pending.append(binding.group)
+        return groups, names
+
+    def _commit(self, writer: GroupWriter) -> GroupId:
+        payload = writer.finish()
+        gid = GroupId(len(self._groups) + 1)
+        requires = frozenset(writer.requires)
+        # The group first, what refers to it afterwards: others read without the lock.
+        self._groups[gid] = _Group(payload, tuple(writer.names), requires, bool(writer.defined), len(writer.bound))
+        for id, obj in writer.defined.items():
+            self._objects[id] = obj
+        for key, (obj, reference) in writer.members.items():
+            self._known[key] = Known(obj, reference, gid)
+        for name, value in writer.bound.items():
+            old = self._bindings.get(name)
+            self._bindings[name] = _Binding(value, gid)
+            if old is not None:
+                self._supersede(self._groups[old.group], gid)
+        return gid
+
+    def _supersede(self, group: _Group, successor: GroupId) -> None:
+        """One binding of a group is no longer current: without any, its memory is given back.
+
+        Else a caller that binds a big tensor to the same name again and again would keep each of them.
+        """
+        group.bound -= 1
+        group.successors |= {successor}
+        if not group.bound and not group.defines:
+            group.requires |= group.successors
+            group.payload = None

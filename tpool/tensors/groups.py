@@ -1,0 +1,205 @@
+"""Writes one group of definitions and bindings, in an order in which a worker can rebuild them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tpool.tensors.byvalue import (
+    MISSING,
+    Reduced,
+    annotated_names,
+    class_attributes,
+    importable,
+    is_class,
+    main_namespace,
+    of_main,
+    reachable,
+    reduce_here,
+    reduce_skeleton,
+)
+from tpool.tensors.payload import DefinitionId, GroupId, Payload
+from tpool.tensors.registry import BIND, DEFINE, FILL, LACK, definition, inherited
+
+if TYPE_CHECKING:
+    from tpool.tensors.definitions import Definitions
+
+__all__ = ["GroupPickler", "GroupWriter"]
+
+
+class GroupPickler(Protocol):
+    """What a group is written with (see ``pickler.py``): one memo over all units.
+
+    Attributes:
+        copies: namespaces that are no module's, see ``byvalue.reduce_function``.
+    """
+
+    copies: dict[int, dict[str, Any]]
+
+    def write(self, kind: str, key: object, body: list[Any]) -> list[Any]:
+        """Pickle one unit; gives the mark that ``undo`` needs. If it raises, nothing was written."""
+        ...
+
+    def undo(self, mark: list[Any]) -> None:
+        """Forget the unit written last."""
+        ...
+
+    def finish(self) -> Payload | None:
+        """All units; None if there are none."""
+        ...
+
+
+class GroupWriter:
+    """Puts definitions and bindings into one group, in an order in which they can be rebuilt.
+
+    Rebuilding runs code of the user (``__setstate__``, what ``__reduce__`` names, ``__init_subclass__``), and that
+    must find what it mentions. So a unit that turns out to need a definition is written after it; a definition is
+    complete when the names it mentions are bound; and a cycle is entered at the class without its attributes.
+
+    Attributes:
+        members: by id(): objects that this group defines or finds inherited, and how streams refer to them.
+        defined: those that it defines, by id.
+        names: names that they mention, bound or not.
+        bound: names that this group binds, and to what.
+        requires: earlier groups.
+    """
+
+    def __init__(self, definitions: Definitions, open_group: Callable[[Any], GroupPickler]) -> None:
+        self.members: dict[int, tuple[object, Reduced]] = {}
+        self.defined: dict[DefinitionId, object] = {}
+        self.names: dict[str, None] = {}
+        self.bound: dict[str, object] = {}
+        self.requires: set[GroupId] = set()
+        self._definitions = definitions
+        self._pickler = open_group(self)
+        self._hooks: list[tuple[type, dict[str, Any]]] = []
+        # Of the unit that is being pickled: what it needs first, and what functions inside it mention.
+        self._needs: list[tuple[Any, str | None]] = []
+        self._mentioned: list[str] = []
+
+    def finish(self) -> Payload | None:
+        """The group's payload."""
+        while self._hooks:
+            self._fill(*self._hooks.pop(0))
+        return self._pickler.finish()
+
+    def define(self, obj: Any, name: str | None = None) -> None:
+        """Make sure that a definition exists, with all that it mentions."""
+        definitions = self._definitions
+        known = definitions.known(obj)
+        if known is not None:
+            self.requires.add(known.group)
+        if known is not None or id(obj) in self.members:
+            return
+        qualname = definitions.inherited_name(obj, name)
+        if qualname is not None:
+            self.members[id(obj)] = (obj, (inherited, (qualname,)))
+            self.bind_all(definitions.names.globals_within(obj))
+            return
+        definition_id = definitions.new_id()
+        self.members[id(obj)] = (obj, (definition, (definition_id,)))
+        try:
+            self._write(DEFINE, definition_id, [obj])
+        except BaseException:
+            del self.members[id(obj)]
+            raise
+        self.defined[definition_id] = obj
+        if is_class(obj):
+            self._complete_class(obj)
+        found = reachable(main_namespace(), obj, name)
+        if found is not None:
+            self._bind(found.split(".")[0])
+
+    def bind_all(self, names: Iterable[str]) -> None:
+        """Make sure that these names are bound, where the caller has them."""
+        for name in names:
+            self._bind(name)
+
+    def reduce(self, obj: Any, name: str | None, message: GroupPickler) -> Any:
+        """How a unit refers to a function, a class, or another object that is known by its name."""
+        definitions = self._definitions
+        known = definitions.known(obj)
+        if known is not None:
+            self.requires.add(known.group)
+            return known.reference
+        if importable(obj):
+            return NotImplemented
+        if definitions.is_definition(obj, name):
+            member = self.members.get(id(obj))
+            if member is None:
+                self._needs.append((obj, name))
+                return list, ()  # never read: this unit is written again
+            if member[1][0] is inherited:
+                return member[1]
+            if is_class(obj):
+                return reduce_skeleton(obj)
+        if of_main(obj):
+            self._mentioned.extend(definitions.names.globals_of(obj))
+        return reduce_here(obj, message.copies, definitions.names)
+
+    def _complete_class(self, cls: type) -> None:
+        methods, others, hooks = class_attributes(cls)
+        self._fill(cls, methods)
+        self.bind_all(annotated_names(cls))
+        self._fill(cls, others)
+        # Last of all: rebuilding subclasses must not run it, for what it did in the caller travels as state.
+        self._hooks.append((cls, hooks))
+
+    def _fill(self, cls: type, attributes: dict[str, Any]) -> None:
+        if not attributes:
+            return
+        try:
+            self._write(FILL, cls.__qualname__, [cls, attributes])
+        except MemoryError:
+            raise
+        except Exception:  # one by one, to leave out only what cannot travel
+            for name, value in attributes.items():
+                try:
+                    self._write(FILL, cls.__qualname__, [cls, {name: value}])
+                except MemoryError:
+                    raise
+                except Exception as error:
+                    self._write(LACK, name, [cls, _reason(error)])
+
+    def _bind(self, name: str) -> None:
+        if name in self.names:
+            return
+        self.names[name] = None
+        value = main_namespace().get(name, MISSING)
+        if value is MISSING:
+            return
+        previous = self._definitions.binding_group(name)
+        if previous is not None:
+            self.requires.add(previous)
+        current = self._definitions.is_current(name, value)
+        try:
+            # Known to be needed, so better before than after a vain attempt to pickle the value. And what a forked
+            # worker has inherited may mention names that have changed since.
+            for obj in (value, type(value)):
+                if not importable(obj) and self._definitions.is_definition(obj):
+                    self.define(obj)
+            if not current:
+                self._write(BIND, name, [value])
+        except MemoryError:
+            raise
+        except Exception as error:
+            self._write(LACK, name, [None, _reason(error)])
+        if not current:
+            self.bound[name] = value
+
+    def _write(self, kind: str, key: object, body: list[Any]) -> None:
+        """Write one unit, after what it needs, and before the names that it mentions."""
+        while True:
+            self._needs, self._mentioned = [], []
+            mark = self._pickler.write(kind, key, body)
+            needs, mentioned = self._needs, self._mentioned
+            if not needs:
+                break
+            self._pickler.undo(mark)
+            for obj, name in needs:
+                self.define(obj, name)
+        self.bind_all(mentioned)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,122 @@
+"""Who may still read which block of shared memory: one table per process.
+
+Blocks travel by (arena, offset, size); the rule of lifetime is one: *the sender keeps what it sent until the receiver
+gives it back or dies*. Each hop follows it, so forwarding needs no other::
+
+        owner                     peer                       peer's peer
+    allocate ─► entry ── lend ─► receive ─► entry ── lend ─► receive ─► entry
+                  ▲                           ▲                           │ last view died
+    Allocator.free│◄─ given_back ◄────────────│◄─ given_back ◄────────────┘ take_give_backs
+
+An entry goes when its views are dead, nothing is lent and no forked child may read it; then the owner frees the
+block, and anybody else gives back one lease to the entry's *anchor*: the peer from whom the block first came while
+there was no entry. A lease on a block that has an entry already is given back to its sender at once. So the anchors
+form a tree towards the owner, and no cycle can wait for itself.
+
+After a fork the child's views stay valid, but its table is empty: it owns nothing and owes nobody. In the parent the
+fork holds every live block, since the child may read its tensors until it ends.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+from tpool.errors import SharedMemoryExhausted
+from tpool.tensors.arena import Allocator, Arena
+from tpool.tensors.entries import Block, Peer
+from tpool.tensors.lease_table import LeaseTable
+
+__all__ = ["Block", "LeaseTable", "Memory", "Peer", "table"]
+
+# How long one wait for memory lasts. Memory that another process discards is found only by looking: shorter finds it
+# sooner, longer costs less.
+_WAIT_SECONDS = 0.05
+
+# How long nothing at all must be lent or committed elsewhere before waiting is hopeless. Another thread may be about
+# to send what it has packed.
+_HOPELESS_SECONDS = 0.5
+
+
+class Memory:
+    """Where one side of one pool allocates: an arena, and how to wait when memory is short.
+
+    Any thread may call, but not one that must serve others meanwhile.
+
+    Args:
+        arena: one of ours.
+        wait: blocks for at most the given seconds, until memory may have come back (reading give-backs meanwhile);
+            returns False when none can.
+        leases: the table that knows the arena; the process's own by default.
+    """
+
+    __slots__ = ("_table", "_wait", "_waiters", "arena")
+
+    def __init__(self, arena: Arena, wait: Callable[[float], bool], leases: LeaseTable | None = None) -> None:
+        self.arena = arena
+        self._wait = wait
+        self._table = leases or table()
+        self._waiters: list[int] = []
+
+    def allocate(self, nbytes: int) -> Block:
+        """A block of ``nbytes`` (at least 1), waiting for memory if need be.
+
+        Raises:
+            SharedMemoryExhausted: none can come back, or the whole budget is not enough.
+            PoolEndedError: the pool was closed, or belongs to the process that forked us.
+        """
+        block = self._table.allocate(self.arena, nbytes)
+        if block is not None:
+            return block
+        allocator = self._table.allocator(self.arena)
+        assert allocator is not None, "it did not raise PoolEndedError"
+        self._waiters.append(nbytes)
+        try:
+            return self._allocate_waiting(nbytes, allocator)
+        finally:
+            self._waiters.pop()
+            if not self._waiters:
+                allocator.ledger.set_waiting(allocator.index, False)
+
+    def _allocate_waiting(self, nbytes: int, allocator: Allocator) -> Block:
+        hopeless_since: float | None = None
+        hope = nbytes <= min(allocator.ledger.budget_nbytes, self.arena.nbytes)
+        while hope:
+            allocator.ledger.set_waiting(
+                allocator.index, True
+            )  # each time: another thread may just have ended waiting
+            hope = self._wait(_WAIT_SECONDS)
+            self._table.collect()
+            block = self._table.allocate(self.arena, nbytes)
+            if block is not None:
+                return block
+            if self._table.may_come_back(self.arena):
+                hopeless_since = None
+            elif hopeless_since is None:
+                hopeless_since = time.monotonic()
+            elif time.monotonic() - hopeless_since > _HOPELESS_SECONDS:
+                hope = False
+        raise SharedMemoryExhausted(
+            f"cannot have {nbytes} bytes of shared memory: {allocator.ledger.committed_nbytes()} of this pool's"
+            f" {allocator.ledger.budget_nbytes} are in use, {allocator.used_nbytes} of them here, and none can come"
+            " back; make the pool with a larger budget, or drop tensors and results earlier"
+        )
+
+
+# The one table of this process. A dict, because setdefault is one step: two threads may come first.
+_process_table: dict[str, LeaseTable] = {}
+
+
+def table() -> LeaseTable:
+    """The table of this process; made at the first call."""
+    known = _process_table.get("table")
+    if known is not None:
+        return known
+    # The hooks come first, so that no fork slips through. Of two threads the loser's table stays empty for ever, and
+    # its hooks do nothing.
+    made = LeaseTable()
+    os.register_at_fork(
+        before=made.before_fork, after_in_parent=made.after_fork_in_parent, after_in_child=made.after_fork_in_child
+    )
+    return _process_table.setdefault("table", made)

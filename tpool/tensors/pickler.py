@@ -1,0 +1,324 @@
+"""Objects to payloads and back.
+
+::
+
+    obj ── dumps ──► _Pickler ─┬─ tensors ─────────────► reducers: blocks ───────────┐
+                               ├─ functions, classes ──► Definitions, Registry: ids ─┤
+                               ├─ buffers >= 4 KiB ────► blocks ─────────────────────┼──► Payload
+                               └─ the rest ────────────► bytes, or a block ──────────┘
+
+    Received ── loads ──► see unpickler ──► obj
+
+Nothing is registered globally. Types that others registered with ``copyreg`` or ``multiprocessing`` are honoured; what
+comes first: ours, cloudpickle's, multiprocessing's (torch's among them), copyreg's.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import pickle
+import types
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, cast
+
+import torch
+
+from tpool.tensors import descriptors, reducers, unpickler
+from tpool.tensors.byvalue import DISPATCH, MAIN, NAMED_TYPES
+from tpool.tensors.definitions import Definitions
+from tpool.tensors.descriptors import carrying
+from tpool.tensors.leases import Block, Memory
+from tpool.tensors.payload import TRAILER, GroupId, Payload, Received
+from tpool.tensors.registry import Registry, definition, inherited
+from tpool.tensors.storages import Outgoing, Overlap, Sharing
+
+__all__ = ["INLINE_NBYTES", "OUT_OF_BAND_NBYTES", "Codec", "Payload", "Received"]
+
+INLINE_NBYTES = 32 * 1024
+"""A longer stream lies in a block: below, a block costs more than bytes in a pipe; above, writes to it would block."""
+
+OUT_OF_BAND_NBYTES = 4096
+"""A shorter buffer (of a numpy array, say) stays in the stream: a block costs as much as copying this much twice."""
+
+# Types whose instances hold nothing else: pickle needs no help with them. Those that may be long are looked at.
+_SHORT = frozenset({int, float, bool, complex, type(None)})
+_LONG = frozenset({str, bytes})
+
+
+class Codec:
+    """Pickles and unpickles for one side of one pool; any thread may call.
+
+    Args:
+        memory: where blocks come from.
+        definitions: in the pool's own process: what travels by value, and once. None in a worker, which keeps what
+            it has received instead.
+        baseline: in a worker forked from the caller: the ``baseline`` of the caller's Definitions, inherited.
+        sharing: ``"share"``: a sent storage is moved into shared memory and both sides see it. ``"copy"``: it stays.
+    """
+
+    def __init__(
+        self,
+        memory: Memory,
+        definitions: Definitions | None = None,
+        *,
+        baseline: dict[str, object] | None = None,
+        sharing: Sharing = "share",
+    ) -> None:
+        self.memory = memory
+        self.sharing = sharing
+        self._definitions = definitions
+        self._registry = Registry(baseline)
+        self._rules = definitions or self._registry
+        self._dispatch: dict[type, Any] = {}
+        self._dispatch_sizes = (-1, -1)
+
+    def dumps(self, obj: object, *, spawning: bool = False) -> Payload:
+        """Pickle an object.
+
+        Args:
+            obj: which.
+            spawning: whether it may hold what travels only "through inheritance": locks, queues, events.
+
+        Raises:
+            Exception: as the standard library's pickle would, with a note of the type that failed.
+            TransportError: a tensor (or other object) that cannot travel.
+            SharedMemoryExhausted: no memory for its bytes.
+        """
+        kind = type(obj)
+        if kind in _SHORT or (kind in _LONG and len(cast("bytes", obj)) <= INLINE_NBYTES // 4):
+            data = pickle.dumps(obj, pickle.HIGHEST_PROTOCOL)
+            if len(data) <= INLINE_NBYTES:
+                return Payload(data, [], [], (), [])
+        outgoing = Outgoing(self.memory, self.sharing)
+        while True:
+            try:
+                return self._dump(obj, _Message(self, outgoing), spawning)
+            except Overlap:
+                outgoing = outgoing.again()
+
+    def _dump(self, obj: object, message: _Message, spawning: bool) -> Payload:
+        pickler = self.new_pickler(message, self._rules, _InheritingPickler if spawning else _Pickler)
+        try:
+            if spawning:
+                with carrying(message):
+                    pickler.dump(obj)
+            else:
+                pickler.dump(obj)
+            if self._definitions is None or not message.needed:
+                return message.payload()
+            return message.payload(self._definitions.closure(message.needed, message.open_group))
+        except BaseException as error:
+            message.abandon()
+            _note_type(error, pickler.last)
+            raise
+
+    def loads(self, received: Received) -> object:
+        """Unpickle what was received, once.
+
+        Raises:
+            DecodeError: it cannot be unpickled; the cause is what was raised.
+        """
+        return unpickler.loads(received, self._rules)
+
+    def load_group(self, gid: GroupId, received: Received) -> None:
+        """In a worker: define what a group holds, and bind its names in ``__main__``.
+
+        Raises:
+            DecodeError: something in it cannot be unpickled here; what came before it is defined.
+        """
+        unpickler.load_group(gid, received, self._registry)
+
+    def new_pickler(self, message: _Message, rules: Any, kind: type[_Pickler]) -> _Pickler:
+        """A pickler that writes into a message."""
+        pickler = kind(message.chunks, pickle.HIGHEST_PROTOCOL, buffer_callback=message.take_buffer)
+        pickler.message = message
+        pickler.rules = rules
+        pickler.dispatch_table = self._dispatch_table()
+        return pickler
+
+    def _dispatch_table(self) -> dict[type, Any]:
+        extra, general = ForkingPickler._extra_reducers, copyreg.dispatch_table  # type: ignore[attr-defined]
+        sizes = (len(extra), len(general))
+        if sizes != self._dispatch_sizes:  # something was registered (torch.multiprocessing imported, say)
+            self._dispatch = {**general, **extra, **DISPATCH}
+            self._dispatch_sizes = sizes
+        return self._dispatch
+
+
+def _note_type(error: BaseException, obj: object) -> None:
+    """Tell which object's own reducer raised, where neither Python nor the error does."""
+    cls = type(obj)
+    if obj is not None and cls.__name__ not in str(error) and hasattr(error, "add_note"):  # Python 3.11
+        error.add_note(f"raised while pickling an object of type {cls.__module__}.{cls.__qualname__}")
+
+
+class _Chunks(list[Any]):
+    """A file for a pickler: what it writes is kept, not copied."""
+
+    __slots__ = ()
+
+    write = list.append
+
+
+class _Message:
+    """A payload in the making. It knows nothing of its pickler, so that no cycle outlives either.
+
+    Attributes:
+        outgoing: storages and descriptors.
+        buffers: blocks of out-of-band buffers, in order.
+        copies: see ``byvalue.reduce_here``.
+        needed: groups that definitions in this payload come from.
+        marked: whether the stream names something that only its receiver can resolve.
+    """
+
+    __slots__ = ("_codec", "buffers", "chunks", "copies", "marked", "needed", "outgoing")
+
+    def __init__(self, codec: Codec, outgoing: Outgoing) -> None:
+        self._codec = codec
+        self.outgoing = outgoing
+        self.chunks = _Chunks()
+        self.buffers: list[Block] = []
+        self.copies: dict[int, dict[str, Any]] = {}
+        self.needed: set[GroupId] = set()
+        self.marked = False
+
+    def add_fd(self, fd: int, keep: object) -> int:
+        """Index of a descriptor that travels; ``keep`` owns it."""
+        return self.outgoing.add_fd(fd, keep)
+
+    def open_group(self, rules: Any) -> _GroupPickler:
+        """What ``Definitions`` write a new group with."""
+        return _GroupPickler(self._codec, rules)
+
+    def take_buffer(self, buffer: pickle.PickleBuffer) -> bool:
+        """Copy a buffer into a block; True (it stays in the stream) if it is small."""
+        with buffer.raw() as raw:
+            if raw.nbytes < OUT_OF_BAND_NBYTES:
+                return True
+            block = self.outgoing.memory.allocate(raw.nbytes)
+            block.view[:] = raw
+        self.buffers.append(block)
+        return False
+
+    def payload(self, groups: tuple[GroupId, ...] = ()) -> Payload:
+        """The finished payload."""
+        outgoing = self.outgoing
+        blocks = outgoing.blocks + self.buffers
+        if blocks or outgoing.fds or self.marked:
+            self.chunks.append(TRAILER.pack(len(outgoing.blocks), 0))
+        return Payload(self._stream(), blocks, outgoing.fds, groups, outgoing.keep)
+
+    def _stream(self) -> bytes | Block:
+        chunks = self.chunks
+        if len(chunks) == 1 and len(chunks[0]) <= INLINE_NBYTES:
+            return cast("bytes", chunks[0])
+        nbytes = sum(map(len, chunks))
+        if nbytes <= INLINE_NBYTES:
+            return b"".join(chunks)
+        block = self.outgoing.memory.allocate(nbytes)
+        start = 0
+        for chunk in chunks:
+            end = start + len(chunk)
+            block.view[start:end] = chunk
+            start = end
+        return block
+
+    def abandon(self) -> None:
+        """Let go of the blocks now; the traceback of an error would keep them."""
+        self.outgoing.blocks.clear()
+        self.outgoing.keep.clear()
+        self.buffers.clear()
+        self.chunks.clear()
+
+
+class _Pickler(pickle.Pickler):
+    """One stream. ``reducer_override`` is called for every object but the simplest built-in ones, so it is short."""
+
+    # Set by new_pickler(); an __init__ in Python would cost half a microsecond.
+    message: _Message
+    rules: Any  # Definitions, Registry or GroupWriter
+    last: object = None  # what was being reduced, for the note on an error
+
+    def reducer_override(self, obj: Any) -> Any:
+        cls = type(obj)
+        if cls is types.FunctionType or issubclass(cls, type):
+            return self._refer(obj, None)
+        reduced = reducers.reduce(obj, self.message.outgoing)
+        if reduced is not NotImplemented:
+            return reduced
+        self.last = obj
+        if cls in NAMED_TYPES:
+            return self._refer(obj, None)
+        if cls in descriptors.DISPATCH:
+            return descriptors.DISPATCH[cls](obj, self.message)
+        if cls.__module__ in MAIN and cls not in self.dispatch_table and _reduces_itself(cls):
+            reduced = obj.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+            return self._refer(obj, reduced) if isinstance(reduced, str) else reduced
+        return NotImplemented
+
+    def _refer(self, obj: Any, name: str | None) -> Any:
+        reduced = self.rules.reduce(obj, name, self.message)
+        if reduced is not NotImplemented and (reduced[0] is definition or reduced[0] is inherited):
+            self.message.marked = True
+        return reduced
+
+
+def _reduces_itself(cls: Any) -> bool:
+    return bool(cls.__reduce__ is not object.__reduce__ or cls.__reduce_ex__ is not object.__reduce_ex__)
+
+
+class _InheritingPickler(_Pickler):
+    """For what travels as if it were inherited: initializer arguments and globals."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        descriptors.refuse_forked_lock(obj)
+        return super().reducer_override(obj)
+
+
+class _GroupPickler:
+    """Writes a group for ``Definitions``: many units, one memo."""
+
+    def __init__(self, codec: Codec, rules: Any) -> None:
+        outgoing = _WholeStorages(codec.memory, codec.sharing)
+        self._message = _Message(codec, outgoing)
+        self._message.marked = True  # not for pickle.loads: there are many units in the stream
+        self._pickler = codec.new_pickler(self._message, rules, _InheritingPickler)
+        self.copies = self._message.copies
+
+    def write(self, kind: str, key: object, body: list[Any]) -> Any:
+        """Pickle one unit; gives the mark that ``undo`` needs. If it raises, nothing was written."""
+        message, header = self._message, [kind, key]
+        mark = (header, len(message.chunks), len(message.buffers))
+        try:
+            with carrying(message):
+                self._pickler.dump(header)
+                self._pickler.dump(body)
+        except BaseException:
+            self.undo(mark)
+            raise
+        return mark
+
+    def undo(self, mark: Any) -> None:
+        """Forget the unit written last, and all that the memo has of it.
+
+        Its storages keep their places among the blocks: they have been moved, and will be needed again.
+        """
+        header, chunks, buffers = mark
+        del self._message.chunks[chunks:]
+        del self._message.buffers[buffers:]
+        memo = self._pickler.memo.copy()
+        first = memo[id(header)][0]  # a list is memoized before what is in it, so this was the unit's first
+        self._pickler.memo = {key: entry for key, entry in memo.items() if entry[0] < first}
+
+    def finish(self) -> Payload | None:
+        """All units; None if there are none."""
+        return self._message.payload() if self._message.chunks else None
+
+
+class _WholeStorages(Outgoing):
+    """Never sends a part of a storage, so that what was written need never be written again."""
+
+    def place_region(self, storage: torch.UntypedStorage, start: int, stop: int) -> tuple[int, int] | None:
+        """The whole storage."""
+        index = self.place(storage)
+        return None if index is None else (index, 0)

@@ -1,0 +1,212 @@
+"""The storages of one message: which move, which are copied, which go by a handle of torch's own.
+
+::
+
+    Outgoing (the sender's, one per message)                Incoming (the receiver's, one per message)
+      place(storage, tensor)   ── index of a block ──►        block_storage, whole_tensor, strided_tensor
+      place_region(storage, …) ── index of a block ──►        the same
+      hand_over(storage)       ── descriptor or name ──►      fd_storage, named_storage
+
+Sharing ``"share"``: a storage moves into a block of shared memory, in place and under all its views, unless it lies
+in one already or the user shared it through torch. Sharing ``"copy"``: its bytes are copied and it stays where it is.
+
+Invariants: one storage has one index in a message, so aliases stay aliases; ``"copy"`` never changes the caller's
+storage; the user's own sharing is never undone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from tpool.errors import UnsupportedTensorError
+from tpool.tensors import torch_private
+from tpool.tensors.arrivals import fd_storage, named_storage
+from tpool.tensors.moving import ParkingLot, copy_bytes, lies_in, move_storage
+
+if TYPE_CHECKING:
+    from tpool.tensors.leases import Block, Memory
+
+__all__ = ["Outgoing", "Overlap", "Sharing"]
+
+Sharing = Literal["share", "copy"]
+
+# Regions start on such a boundary of their storage, so that a view of another dtype on the same bytes is aligned too.
+REGION_ALIGNMENT = 64
+
+
+class Overlap(Exception):
+    """Two tensors of a message share bytes, and the first was copied alone: pickle the message once more.
+
+    Only in mode ``"copy"``. The ``Outgoing`` that raised it has taken note; its ``again()`` gives the one to use.
+    """
+
+
+class Outgoing:
+    """The storages of one message, on the side that sends it. Used by one thread.
+
+    Args:
+        memory: where blocks come from; may wait for memory.
+        sharing: what sending a storage means.
+        can_swap: whether torch can move a storage in place; without, it is moved into a file of torch's own.
+
+    Attributes:
+        blocks: what travels by block; other parts of the message append theirs.
+        fds: descriptors that travel, borrowed.
+        keep: owners of those descriptors, and of CUDA memory that travels.
+        cuda: CUDA memory travels: the process that made it must live until the receiver has let it go.
+        cuda_clones: what stands for CUDA storages that another process made, by address of the storage.
+    """
+
+    __slots__ = (
+        "_indices",
+        "_parking",
+        "_regions",
+        "_whole",
+        "blocks",
+        "can_swap",
+        "cuda",
+        "cuda_clones",
+        "fds",
+        "keep",
+        "memory",
+        "sharing",
+    )
+
+    def __init__(self, memory: Memory, sharing: Sharing = "share", *, can_swap: bool = torch_private.CAN_SWAP) -> None:
+        self.memory = memory
+        self.sharing = sharing
+        self.can_swap = can_swap
+        self.blocks: list[Block] = []
+        self.fds: list[int] = []
+        self.keep: list[object] = []
+        self.cuda = False
+        self.cuda_clones: dict[int, torch.UntypedStorage] = {}
+        # By the storage's address. The pickler's memo holds every object it has met until the message is complete, so
+        # no address is used twice within a message.
+        self._indices: dict[int, int] = {}
+        self._regions: dict[int, list[tuple[int, int, int]]] = {}  # storage -> (start, stop, index), disjoint
+        self._whole: set[int] = set()  # storages whose views overlapped in an earlier try
+        self._parking = ParkingLot()
+
+    def again(self) -> Outgoing:
+        """The one to use for the next try after ``Overlap``."""
+        fresh = Outgoing(self.memory, self.sharing, can_swap=self.can_swap)
+        fresh._whole = self._whole
+        return fresh
+
+    def add_fd(self, fd: int, keep: object) -> int:
+        """Index of a descriptor that travels; ``keep`` owns it."""
+        self.fds.append(fd)
+        self.keep.append(keep)
+        return len(self.fds) - 1
+
+    def place(self, storage: torch.UntypedStorage, tensor: torch.Tensor | None = None) -> int | None:
+        """Index of the block that holds the whole storage; None if it goes by torch's own handle.
+
+        Args:
+            storage: on the CPU, not empty.
+            tensor: the tensor on it that is being sent; tells whether others may know the memory.
+        """
+        index = self._indices.get(storage._cdata)
+        if index is not None:
+            return index
+        if storage.is_shared() and torch_private.shared_by(storage) != "private file":
+            return None
+        if self.sharing == "copy":
+            return self._place_copy(storage)
+        block = lies_in(storage)
+        if block is None:
+            if not self.can_swap:
+                return self._place_without_swap(storage, tensor)
+            block = self._move(storage, tensor)
+        return self._add(storage, block)
+
+    def place_region(self, storage: torch.UntypedStorage, start: int, stop: int) -> tuple[int, int] | None:
+        """In mode ``"copy"``: send only the bytes from ``start`` to ``stop``.
+
+        Returns:
+            The index of a block and the byte of the storage that it begins with; None if the storage goes by torch's
+            own handle.
+
+        Raises:
+            Overlap: an earlier view shares some of these bytes, and was sent without the others.
+        """
+        key = storage._cdata
+        if key in self._whole or key in self._indices or storage.is_shared():
+            index = self.place(storage)
+            return None if index is None else (index, 0)
+        start -= start % REGION_ALIGNMENT
+        regions = self._regions.setdefault(key, [])
+        for first, last, index in regions:
+            if first <= start and stop <= last:
+                return index, first
+            if start < last and first < stop:
+                self._whole.add(key)
+                raise Overlap
+        block = self.memory.allocate(stop - start)
+        copy_bytes(storage, start, block)
+        self.blocks.append(block)
+        regions.append((start, stop, len(self.blocks) - 1))
+        return len(self.blocks) - 1, start
+
+    def hand_over(self, storage: torch.UntypedStorage) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """The handle of a storage for which ``place`` gave None: a marker and its arguments."""
+        nbytes = storage.nbytes()
+        how = torch_private.shared_by(storage) if storage.is_shared() else "not yet"
+        if how == "name":
+            manager, name = torch_private.shared_name(storage)
+            return named_storage, (self._add_file(f"/dev/shm{name.decode()}", nbytes), manager, name, nbytes)
+        if how == "file":
+            return fd_storage, (self._add_file(_file_behind(storage), nbytes), nbytes)
+        fd = torch_private.shared_fd(storage) if how == "fd" else torch_private.share_by_fd(storage)
+        return fd_storage, (self.add_fd(fd, storage), nbytes)
+
+    def _add_file(self, path: str, nbytes: int) -> int:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            # A storage on it owns a duplicate and closes it when the message is dropped.
+            owner = torch_private.storage_from_fd(fd, nbytes)
+        finally:
+            os.close(fd)
+        return self.add_fd(torch_private.shared_fd(owner), owner)
+
+    def _add(self, storage: torch.UntypedStorage, block: Block) -> int:
+        self.blocks.append(block)
+        index = self._indices[storage._cdata] = len(self.blocks) - 1
+        return index
+
+    def _move(self, storage: torch.UntypedStorage, tensor: torch.Tensor | None) -> Block:
+        resizable = storage.resizable()
+        block = move_storage(storage, self.memory.allocate(storage.nbytes()), tensor)
+        if resizable:
+            self._parking.note(storage)
+        return block
+
+    def _place_copy(self, storage: torch.UntypedStorage) -> int:
+        if storage._cdata in self._regions:  # a view of it was sent alone
+            self._whole.add(storage._cdata)
+            raise Overlap
+        block = self.memory.allocate(storage.nbytes())
+        copy_bytes(storage, 0, block)
+        return self._add(storage, block)
+
+    def _place_without_swap(self, storage: torch.UntypedStorage, tensor: torch.Tensor | None) -> int | None:
+        """Older torch frees the memory that it moves: a storage that numpy or DLPack may know stays, and is copied."""
+        exported = tensor is not None and torch_private.COUNTS_USES and not torch_private.known_to_python(tensor)
+        if storage.resizable() and not exported:
+            return None
+        return self._place_copy(storage)
+
+
+def _file_behind(storage: torch.UntypedStorage) -> str:
+    path = torch_private.file_of_mapping(storage)
+    if path is None:
+        raise UnsupportedTensorError(
+            "cannot send a tensor of torch.from_file(shared=True) whose file has been deleted: no other process can"
+            " map it; send tensor.clone()"
+        )
+    return path
