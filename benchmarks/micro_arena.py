@@ -12,8 +12,8 @@ from collections.abc import Callable
 from tpool.tensors import leases
 from tpool.tensors.arena import Allocator, Arena, Ledger
 
-ROUNDS = 7
-COUNT = 20_000
+ROUNDS = 100
+COUNT = 1_000
 
 
 def main() -> None:

@@ -80,10 +80,9 @@ class Remote:
         Raises:
             DriverFailed: the driver is not usable any more; it has been killed.
         """
-        deadline = time.monotonic() + seconds
         try:
             self._control.sendall(json.dumps({"op": op, **details}).encode() + b"\n")
-            line = self._read_line(deadline, sample)
+            line = self._read_line(seconds, sample)
             answer: dict[str, Any] = json.loads(line)
             if "error" in answer:
                 raise DriverFailed("failed", answer["error"])
@@ -95,10 +94,11 @@ class Remote:
             raise
         return answer
 
-    def _read_line(self, deadline: float, sample: Callable[[], None] | None) -> bytes:
+    def _read_line(self, seconds: float, sample: Callable[[], None] | None) -> bytes:
+        deadline = time.monotonic() + seconds
         while b"\n" not in self._unread:
             if time.monotonic() > deadline:
-                raise DriverFailed("hung", "no answer before the deadline")
+                raise DriverFailed("timeout", f"no answer within {seconds:.0f} s: hung, or that slow")
             if proc.available_fraction() < _LEAST_AVAILABLE:
                 raise DriverFailed("memory", "stopped before it took all of the machine's memory")
             ready = select.select([self._control], [], [], 0.02 if sample else _WATCH_SECONDS)[0]

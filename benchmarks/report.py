@@ -95,7 +95,8 @@ def _target_row(verdict: Verdict) -> list[str]:
     target = verdict.target
     measured = "–" if verdict.measured is None else f"{verdict.measured:.3g}"
     spread = "" if verdict.spread is None else f"{verdict.spread[0]:.3g} – {verdict.spread[1]:.3g}"
-    outcome = {True: "met", False: "**missed**", None: "not measured"}[verdict.met]
+    missed = "**failed**" if verdict.measured is None else "**missed**"
+    outcome = {True: "met", False: missed, None: "not measured"}[verdict.met]
     return [target.case, target.pool, _bound(target), measured, spread, outcome]
 
 

@@ -17,7 +17,7 @@ class Verdict:
 
     Attributes:
         measured: in the unit of the target's bound; None if it could not be measured.
-        met: None as well then.
+        met: None as well then; but False if the pool failed in the case.
         spread: smallest and largest ratio of a pair, where ratios are what counts.
     """
 
@@ -44,10 +44,16 @@ def _judge(results: Results, target: Target) -> Verdict:
     else:
         measured, spread = _single(results, target), None
     if measured is None:
-        return Verdict(target, None, None)
+        return Verdict(target, None, False if _failed(results, target) else None)
     at_least = target.kind in ("speedup", "bandwidth", "break_even")
     met = measured >= target.bound if at_least else measured <= target.bound
     return Verdict(target, measured, met, spread)
+
+
+def _failed(results: Results, target: Target) -> bool:
+    case = results["cases"].get(target.case)
+    run = case["pools"].get(target.pool) if case else None
+    return run is not None and run["status"] != "ok"
 
 
 def _ratios(results: Results, target: Target) -> list[float]:
@@ -64,7 +70,7 @@ def _single(results: Results, target: Target) -> float | None:
         return theirs / ours if ours and theirs else None
     case = results["cases"][target.case]
     run = case["pools"].get(target.pool)
-    if run is None or not run["rounds"]:
+    if run is None or run["status"] != "ok" or not run["rounds"]:
         return None
     if target.kind == "value":
         return median([each["values"][target.metric] for each in run["rounds"]])

@@ -47,6 +47,10 @@ __all__ = [
 
 START_METHODS = ("fork", "spawn", "forkserver")
 
+# Of the pools that a manager hosts. What they add is the proxies, which know nothing of start methods, and twenty more
+# interpreters that import torch would take longer than all the rest.
+HOSTED_START_METHODS = ("fork", "forkserver")
+
 # Put in the place of their namesakes in ``multiprocessing.pool``, to which the tests refer.
 TWINS = {"RemoteTraceback": tpool.RemoteTraceback, "MaybeEncodingError": tpool.MaybeEncodingError}
 
@@ -196,7 +200,7 @@ def pool_cases(module: ModuleType, start_method: str, home: str) -> dict[str, ty
     """
     make_pool = staticmethod(partial(tpool.Pool, context=start_method))
     cases = {}
-    for name, kind, tests in _cases(module):
+    for name, kind, tests in _cases(module, start_method):
         kept = tests - _left_out(name, kind, start_method)
         if kept:
             bases = _bases(module, name, kind)
@@ -209,16 +213,17 @@ def pool_cases(module: ModuleType, start_method: str, home: str) -> dict[str, ty
     return cases
 
 
-def _cases(module: ModuleType) -> Iterator[tuple[str, str, set[str]]]:
+def _cases(module: ModuleType, start_method: str) -> Iterator[tuple[str, str, set[str]]]:
     """(name of CPython's class, kind, tests) of all that uses pools of processes."""
     for name, tests in pool_tests(module).items():
         case = getattr(module, name)
         if not name.startswith("_TestPool"):
             yield name, "processes", tests
             continue
-        for kind in case.ALLOWED_TYPES:
-            if kind != "threads":  # a thread pool is not what we replace
-                yield name, kind, _tests((case,))
+        yield name, "processes", _tests((case,))
+        # The third kind, "threads", is for the thread pool, which we do not replace.
+        if "manager" in case.ALLOWED_TYPES and start_method in HOSTED_START_METHODS:
+            yield name, "manager", _tests((case,))
 
 
 def _bases(module: ModuleType, name: str, kind: str) -> tuple[type, ...]:

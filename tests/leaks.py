@@ -97,9 +97,9 @@ def find_leaks(before: Snapshot, deadline: float | None = None) -> list[str]:
     # What only a reference cycle keeps (a pytest.raises block makes one) belongs to nobody any more.
     gc.collect()
     try:
-        wait_until(lambda: not before.leaks(), DEADLINE_SECONDS if deadline is None else deadline)
+        wait_until(lambda: not _ours(before.leaks()), DEADLINE_SECONDS if deadline is None else deadline)
     except AssertionError:
-        return [leak for leak in before.leaks() if not _belongs_to_others(leak)]
+        return _ours(before.leaks())
     return []
 
 
@@ -121,7 +121,10 @@ def _descriptors() -> Iterator[tuple[int, str]]:
 
 
 def _shm_names() -> list[str]:
-    return os.listdir(SHM) if SHM.is_dir() else []
+    # Shared memory is files. Folders there are somebody's temporary files; other programs keep theirs there too.
+    with contextlib.suppress(FileNotFoundError), os.scandir(SHM) as entries:
+        return [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
+    return []
 
 
 def _new_processes(before: frozenset[int]) -> Iterator[ProcessInfo]:
@@ -159,16 +162,22 @@ def _is_our_orphan(info: ProcessInfo, ancestors: list[int]) -> bool:
     return info.alive and info.group == os.getpgrp() and info.parent in {1, *ancestors[1:]}
 
 
-def _belongs_to_others(leak: str) -> bool:
-    """Whether this is an entry of /dev/shm that a process which is not ours named after itself, or has mapped."""
-    if not leak.startswith(str(SHM)):
-        return False
-    # torch, joblib and multiprocessing put the maker's id first: torch_<pid>_<random>_<count>, pym-<pid>-<random>.
-    maker = next((int(part) for part in re.split("[-_.]", leak) if part.isdigit()), 0)
-    return any(
-        (info.pid == maker or leak in _maps(info.pid)) and info.pid != os.getpid() and not _descends_from_us(info)
-        for info in processes()
-    )
+def _ours(leaks: list[str]) -> list[str]:
+    """Leave out entries of /dev/shm that a process which is not ours named after itself, or has mapped."""
+    suspects = {leak for leak in leaks if leak.startswith(str(SHM))}
+    if not suspects:
+        return leaks
+    others = [info.pid for info in processes() if info.pid != os.getpid() and not _descends_from_us(info)]
+    mapped = "".join(map(_maps, others))
+    return [leak for leak in leaks if leak not in suspects or not (_maker(leak) in others or leak in mapped)]
+
+
+def _maker(leak: str) -> int:
+    """The id of the process that made this entry, 0 if its name does not tell.
+
+    torch, joblib and multiprocessing put it first: ``torch_<pid>_<random>_<count>``, ``pym-<pid>-<random>``.
+    """
+    return next((int(part) for part in re.split("[-_.]", leak) if part.isdecimal()), 0)
 
 
 def _maps(pid: int) -> str:

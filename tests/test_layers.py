@@ -24,7 +24,7 @@ ROWS = [
     ["tpool.tensors.definitions"],
     ["tpool.tensors.pickler"],
     ["tpool.local.cpus", "tpool.local.channel", "tpool.local.identity"],
-    ["tpool.local.wire"],
+    ["tpool.local.wire", "tpool.local.story"],
     ["tpool.local.worker"],
     ["tpool.local.zygote"],
     ["tpool.local.launch"],

@@ -52,6 +52,7 @@ Key = tuple[int, int]  # (job, index)
 
 SHORT = AHEAD_SECONDS / 1000
 PACES = [SHORT, SHORT, SHORT, SHORT, AHEAD_SECONDS / 4, AHEAD_SECONDS, 1.0]  # seconds that a job's tasks mostly take
+TICK = RECALL_SECONDS / 1000  # how much later the next event comes at least
 SELDOM = st.sampled_from([False] * 5 + [True])
 
 
@@ -65,7 +66,6 @@ class ModelWorker:
     given: int = 0
     since: float = 0.0  # it has held two or more for so long, without a result
     heard_at: float = 0.0  # its last result, or the message that ended its idleness
-    stuck: bool = False  # recalled from, and no result since it was sent something new
 
 
 @dataclass(eq=False)
@@ -98,7 +98,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.peace = peace  # for so many steps nobody ends the pool, so that something can happen first
         self.processes, self.max_tasks = processes, max_tasks
         self.scheduler = Scheduler(processes, max_tasks)
-        self.now = 0.0
+        self.now = self.said_at = 0.0
         self.workers: dict[int, ModelWorker] = {}
         self.gone: list[ModelWorker] = []
         self.jobs: dict[int, ModelJob] = {}
@@ -120,7 +120,9 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def say(self, event: Any, expect: list[tuple[str, Key, Any]] | None = None) -> None:
         self.expected = expect or []
-        actions = self.scheduler.handle(event, self.now)
+        self.said_at = self.now
+        self.now += TICK
+        actions = self.scheduler.handle(event, self.said_at)
         self.carry_out(actions)
         assert not self.expected, f"{event} should have given {self.expected}"
         for action in actions:
@@ -171,9 +173,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.messages += 1
         job.turn = self.messages
         if not worker.held:
-            worker.heard_at, worker.stuck = self.now, False
+            worker.heard_at = self.said_at
         if len(worker.held) < 2:
-            worker.since = self.now
+            worker.since = self.said_at
         for task in action.tasks:
             assert job.queue.pop(task.index) is task
             worker.held.append(task)
@@ -198,8 +200,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert self.idle() == [], "sent ahead while another worker is idle"
             last = self.jobs[worker.held[-1].job]
             assert min(last.durations, default=1.0) < AHEAD_SECONDS, "sent behind a long task"
-            assert self.now < worker.heard_at + RECALL_SECONDS, "sent ahead to a worker that is stuck"
-            assert not worker.stuck, "sent behind the task that was recalled from"
+            assert self.said_at < worker.heard_at + RECALL_SECONDS, "sent ahead to a worker that is stuck"
         assert len(worker.held) + count <= MAX_BATCH or count <= job.batch
 
     def do_RecallTasks(self, action: RecallTasks) -> None:
@@ -208,7 +209,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.idle(), "a recall for nobody"
         assert not self.waiting(), "a recall while something is queued"
         assert not self.working("asked"), "two recalls at once"
-        assert self.now >= worker.since + RECALL_SECONDS, "recalled too early"
+        assert self.said_at >= worker.since + RECALL_SECONDS, "recalled too early"
         worker.state = "asked"
 
     def do_RetireWorker(self, action: RetireWorker) -> None:
@@ -274,7 +275,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     # What callers and the feeder do -------------------------------------------------------------------------------
 
-    @precondition(lambda self: not self.closed and len(self.jobs) < 8)
+    @precondition(lambda self: not self.closed and len(self.jobs) < 12)
     @rule(
         batch=st.sampled_from([1, 1, 5]),
         pace=st.sampled_from(PACES),
@@ -402,17 +403,26 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.holding())
     @rule(
         data=st.data(),
-        rounds=st.sampled_from([1, 3, 30]),
-        seconds=st.sampled_from([0.0, RECALL_SECONDS, RECALL_SECONDS]),
+        steps=st.sampled_from([3, 10, 1000]),
+        odd=st.sampled_from([None, SHORT]),
+        pause=st.sampled_from([0.0, RECALL_SECONDS]),
     )
-    def finish_much(self, data: st.DataObject, rounds: int, seconds: float) -> None:
-        """All workers but one (or none) go on for a while."""
-        stuck = data.draw(st.sampled_from([*self.holding(), None]), label="stuck")
-        for _ in range(rounds):
-            for worker in self.holding():
-                if worker is not stuck and worker.held:
-                    self.give_results(worker, len(worker.held), None)
-        self.time_passes(seconds)
+    def all_is_well(self, data: st.DataObject, steps: int, odd: float | None, pause: float) -> None:
+        """For a while everybody does what they should, but one worker is stuck."""
+        stuck = data.draw(st.sampled_from(self.loaded() or self.holding()), label="stuck")
+        for _ in range(steps):
+            if not self.go_on(stuck, odd):
+                break
+        self.time_passes(pause)
+
+    @precondition(lambda self: self.loaded())
+    @rule(data=st.data())
+    def one_is_stuck(self, data: st.DataObject) -> None:
+        """The others run out of work, so that it comes to a recall."""
+        stuck = data.draw(st.sampled_from(self.loaded()), label="stuck")
+        while self.go_on(stuck, SHORT):
+            self.settle_accounts()
+        self.time_passes(RECALL_SECONDS)
 
     def holding(self) -> list[ModelWorker]:
         return [worker for worker in self.working("ready", "settling") if worker.held]
@@ -445,22 +455,23 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.say(TasksFinished(WorkerId(worker.id), results))
 
     def answer_recall(self, worker: ModelWorker) -> None:
-        """The engine answers at once; how many had been started is drawn from what was left to draw."""
+        """The engine answers at once: it takes back what it can, or less, or finds the worker dead."""
         unstarted = len(worker.held) - worker.started
-        count = min(unstarted, self.recall_plan)
+        if self.recall_plan == "die":
+            return self.lose(worker, unstarted)
+        count = {"none": 0, "one": min(1, unstarted), "all": unstarted}[self.recall_plan]
         if count:
             self.come_back(worker, count)
             worker.started = len(worker.held)
-        worker.stuck = True
         worker.state = "settling" if count else "ready"
         worker.since = self.now
         self.say(TasksRecalled(WorkerId(worker.id), count), self.drops())
 
-    recall_plan = 1000
+    recall_plan = "all"
 
-    @rule(count=st.sampled_from([0, 1, 1000]))
-    def plan_recalls(self, count: int) -> None:
-        self.recall_plan = count
+    @rule(plan=st.sampled_from(["all", "all", "one", "none", "die"]))
+    def plan_recalls(self, plan: str) -> None:
+        self.recall_plan = plan
 
     def come_back(self, worker: ModelWorker, count: int) -> None:
         """The last tasks of a worker go back to their queues, or are on the way to be dropped."""
@@ -479,7 +490,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.working("settling"))
     @rule(data=st.data())
     def settle(self, data: st.DataObject) -> None:
-        worker = data.draw(st.sampled_from(self.working("settling")), label="worker")
+        self.settle_recall(data.draw(st.sampled_from(self.working("settling")), label="worker"))
+
+    def settle_recall(self, worker: ModelWorker) -> None:
         worker.state = "ready"
         worker.since = self.now
         self.say(RecallSettled(WorkerId(worker.id)))
@@ -540,10 +553,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         """The handler sleeps, but not past ``wake_at``."""
         until = self.now + seconds
         while self.scheduler.wake_at is not None and self.scheduler.wake_at <= until:
-            assert self.scheduler.wake_at > self.now, "it was woken for nothing"
-            self.now = self.scheduler.wake_at
+            assert self.scheduler.wake_at > self.said_at, "it was woken for nothing"
+            self.now = max(self.now, self.scheduler.wake_at)
             self.say(TimePassed())
-        self.now = until
+        self.now = max(self.now, until)
         self.say(TimePassed())
 
     # What must hold in between --------------------------------------------------------------------------------------
@@ -558,8 +571,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         held = [(task.job, task.index) for worker in self.workers.values() for task in worker.held]
         queued = [(job.id, index) for job in self.jobs.values() for index in job.queue]
         assert sorted(held + queued) == sorted(self.unresolved), "a task is lost or in two places"
+        jobs_with_tasks = {key[0] for key in self.unresolved}
         for job in self.jobs.values():
-            over = not [key for key in self.unresolved if key[0] == job.id]
+            over = job.id not in jobs_with_tasks
             assert job.finished == (over and (job.sealed or job.cancelled)), f"job {job.id} is not finished"
         # 4: a worker in each slot.
         if not self.over():
@@ -571,7 +585,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         # 5: nothing waits long behind a long task, and the clock is set for when it would.
         overdue = min((worker.since + RECALL_SECONDS for worker in self.loaded()), default=None)
         assert self.scheduler.wake_at == (overdue if self.idle() else None)
-        assert self.scheduler.wake_at is None or self.scheduler.wake_at > self.now, "a recall is overdue"
+        assert self.scheduler.wake_at is None or self.scheduler.wake_at > self.said_at, "a recall is overdue"
         # 7: the end comes when it can.
         if self.over():
             assert not self.working("starting"), "the end waits for an initializer"
@@ -589,29 +603,31 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not self.closed:
             self.closed = True
             self.say(PoolClosed())
-        for _ in range(10_000):
+        while not self.ended:
+            assert self.go_on(None, SHORT), "a lost wake-up: nobody has anything to do, and the pool has not ended"
             self.settle_accounts()
-            if self.ended:
-                break
-            self.go_on()
-        assert self.ended, "the pool never ends"
         assert not self.unresolved
         assert len(self.outcome) == sum(job.count for job in self.jobs.values())
         assert all(job.finished for job in self.jobs.values())
 
-    def go_on(self) -> None:
-        """One step that a healthy world would take."""
+    def go_on(self, stuck: ModelWorker | None, odd: float | None) -> bool:
+        """Let each worker but one take the step that it would in a healthy world; False if there is none."""
+        gone_on = False
         for worker in list(self.workers.values()):
+            if worker is stuck or worker.id not in self.workers:
+                continue
             if worker.state == "starting":
-                return self.become_ready(worker)
-            if worker.state == "settling":
-                worker.state, worker.since = "ready", self.now
-                return self.say(RecallSettled(WorkerId(worker.id)))
-            if worker.state in ("retiring", "killed"):
-                return self.lose(worker, 0)
-            if worker.held:
-                return self.give_results(worker, len(worker.held), SHORT)
-        raise AssertionError("a lost wake-up: nobody has anything to do, and the pool has not ended")
+                self.become_ready(worker)
+            elif worker.state == "settling":
+                self.settle_recall(worker)
+            elif worker.state in ("retiring", "killed"):
+                self.lose(worker, 0)
+            elif worker.held:
+                self.give_results(worker, len(worker.held), odd)
+            else:
+                continue
+            gone_on = True
+        return gone_on
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase

@@ -1,1 +1,55 @@
-"""tpool: the process pool for PyTorch."""
+"""tpool: the process pool for PyTorch.
+
+The whole ``multiprocessing.Pool`` API; tensors travel by handle through warm shared memory, and nothing hangs when a
+worker dies.
+
+>>> import tpool
+>>> with tpool.Pool(2) as pool:
+...     pool.map(abs, [-1, -2, 3])
+[1, 2, 3]
+"""
+
+from tpool.errors import (
+    DecodeError,
+    MaybeEncodingError,
+    PlatformError,
+    PoolEndedError,
+    PoolTerminatedError,
+    ProtocolError,
+    RemoteTraceback,
+    SharedMemoryExhausted,
+    TpoolError,
+    TransportError,
+    UnsupportedTensorError,
+    WorkerLostError,
+    WorkerStartError,
+)
+from tpool.local.identity import WorkerInfo, get_worker_info
+from tpool.pool import Pool, PoolStats
+from tpool.results import AsyncResult, MapResult
+from tpool.streams import IMapIterator
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AsyncResult",
+    "DecodeError",
+    "IMapIterator",
+    "MapResult",
+    "MaybeEncodingError",
+    "PlatformError",
+    "Pool",
+    "PoolEndedError",
+    "PoolStats",
+    "PoolTerminatedError",
+    "ProtocolError",
+    "RemoteTraceback",
+    "SharedMemoryExhausted",
+    "TpoolError",
+    "TransportError",
+    "UnsupportedTensorError",
+    "WorkerInfo",
+    "WorkerLostError",
+    "WorkerStartError",
+    "get_worker_info",
+]

@@ -105,7 +105,7 @@ class Worker:
         state: where it is on its way.
         held: the tasks it was sent and has not answered, in that order.
         given: the weight of all the tasks it was sent, less what came back unstarted.
-        last_job: the job of what it was sent last; None after some of that was recalled.
+        last_job: the job of what it was sent last; None before that.
         progress_at: when it was last heard of: its last result, or the message that ended its idleness.
     """
 
@@ -254,8 +254,8 @@ class Dispatcher:
         """Say whether a busy worker is likely to need more soon.
 
         What it was sent last tells: tasks that are long or of unknown length go to idle workers and nothing follows
-        them. A worker that was not heard of for a while, or was recalled from, sits on a task that is longer than we
-        thought.
+        them. And a worker that was not heard of for a while, as any that was recalled from, sits on a task that is
+        longer than we thought.
         """
         job = worker.last_job
         if job is None or len(worker.held) > job.want // 2:
@@ -349,7 +349,6 @@ class Dispatcher:
         """Take from a worker what was recalled, and give it."""
         self._asked = None
         tasks = worker.pop_last(count)
-        worker.last_job = None
         worker.state = WorkerState.SETTLING if count else WorkerState.READY
         self.place(worker)
         return tasks

@@ -30,12 +30,14 @@ class WorkerLoss:
         worker: a name for messages, such as ``worker 3 (slot 1)``.
         pid: its process, or None if it never had one.
         exitcode: negative for a signal; None where unknown.
+        ready: whether it had become ready; a loss before that is a failure to start.
         story: what happened, as the rest of a sentence that begins with the worker's name.
     """
 
     worker: str
     pid: int | None
     exitcode: int | None
+    ready: bool
     story: str
 
 

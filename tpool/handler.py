@@ -237,7 +237,7 @@ class Handler:
         sink.resolve(task.index, self._explain(action.cause, task, sink))
 
     def _explain(self, cause: Any, task: Task, sink: Sink) -> Result:
-        if isinstance(cause, WorkerLoss):
+        if isinstance(cause, WorkerLoss) and cause.ready:
             self.workers_lost += 1
             message = f"{_tell(cause)} while it ran task {task.index} of {sink.story}"
             logger.warning("%s", message)

@@ -29,6 +29,7 @@ Invariants (:meth:`Scheduler.check`; the property test checks the same from outs
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
@@ -364,11 +365,11 @@ class Scheduler:
         self._dispatcher.check(workers, jobs)
         places = [task for worker in workers for task in worker.held] + [task for job in jobs for task in job.queued]
         assert len({(task.job, task.index) for task in places}) == len(places), "a task is in two places"
+        counts = Counter(task.job for task in places)
         for job in jobs:
-            counted = sum(task.job == job.id for task in places)
-            assert counted == job.unresolved, f"job {job.id} has {counted} tasks, but counts {job.unresolved}"
+            assert counts[job.id] == job.unresolved, f"job {job.id} has {counts[job.id]} tasks, not {job.unresolved}"
             assert job.unresolved or not job.sealed, f"job {job.id} is over, but not finished"
-        assert {task.job for task in places} <= self._jobs.keys(), "a task outlived its job"
+        assert counts.keys() <= self._jobs.keys(), "a task outlived its job"
         slots = sorted(worker.slot for worker in workers)
         if self._is_over():
             assert len(set(slots)) == len(slots), "two workers share a slot"

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 # What a pool can do beyond ``apply``, ``apply_async``, ``map``, ``close`` and ``join``.
-POOL_LIKE = frozenset({"imap", "callback", "terminate", "initializer", "maxtasks"})
+# "iterator": its imap gives an object of its own, made for several threads, not one that the adapter makes of futures.
+POOL_LIKE = frozenset({"imap", "iterator", "callback", "terminate", "initializer", "maxtasks"})
 EXECUTOR_LIKE = frozenset({"imap", "callback", "initializer"})
 
 
@@ -116,8 +117,10 @@ class Adapter:
     module = ""
     methods: tuple[str, ...] = ("forkserver", "fork", "spawn")
     can: frozenset[str] = POOL_LIKE
-    # Processes that may outlive a pool, until the interpreter ends: fork server, resource tracker, manager.
-    helpers = 2
+
+    def helpers(self, method: str) -> int:
+        """Processes that may outlive a pool, until the interpreter ends: fork server, resource tracker, manager."""
+        return 2
 
     @classmethod
     def installed(cls) -> bool:
@@ -145,7 +148,9 @@ class Adapter:
 class Tpool(Adapter):
     name = module = "tpool"
     can = POOL_LIKE | {"torch", "tpool"}
-    helpers = 0
+
+    def helpers(self, method):
+        return 1 if method == "forkserver" else 0  # the zygote
 
     def pool(self, processes, method, **options):
         import tpool

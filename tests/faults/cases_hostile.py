@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+from pathlib import Path
 
 from . import procs
 from .script import Env, case, main, mark, nap, refuse_timeout, square
@@ -298,16 +299,14 @@ def wrecked_interpreter(env: Env):
 
 def allocate_until_refused():
     before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (16 << 30, before[1]))
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 30), before[1]))
     hoard = []
     try:
         while True:
-            hoard.append(bytearray(1 << 30))  # never written to, so it costs address space alone
-            hoard.append([None] * 1000)
-    except MemoryError:
-        hoard.clear()
-        raise
+            hoard.append(bytes(1 << 28))  # zeroes that nobody writes, so they cost address space alone
     finally:
+        hoard.clear()
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 

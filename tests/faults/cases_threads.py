@@ -245,7 +245,10 @@ def raises_at(count):
 
 
 @case(
-    9, "a generator raises midway in `imap`: the earlier results arrive, then its exception", needs="imap", spawn=True
+    9,
+    "a generator raises midway in `imap`: the earlier results arrive, then its exception",
+    needs="imap iterator",
+    spawn=True,
 )
 def generator_raises(env: Env):
     pool = env.pool(2)
@@ -256,7 +259,7 @@ def generator_raises(env: Env):
     env.usable(pool)
 
 
-@case(9, "a generator raises midway in `imap_unordered` and in `map`", needs="imap")
+@case(9, "a generator raises midway in `imap_unordered` and in `map`", needs="imap iterator")
 def generator_raises_elsewhere(env: Env):
     pool = env.pool(2)
     got = []
@@ -299,7 +302,7 @@ def generator_uses_pool(env: Env):
     assert got == [value**4 for value in range(10)], got
 
 
-@case(9, "an iterator is consumed by four threads: each item once", needs="imap", spawn=True)
+@case(9, "an iterator is consumed by four threads: each item once", needs="imap iterator", spawn=True)
 def iterator_of_threads(env: Env):
     pool = env.pool(2)
     results, got = pool.imap_unordered(square, range(400)), []

@@ -431,7 +431,7 @@ def _assert_nothing_grew(env: Env, before: set[int], fds: int, first: bool) -> N
     """After a case, in the same interpreter: its processes and descriptors are gone."""
     gc.collect()
     shared = SHARED_PROCESSES if env._shared_used else 0
-    helpers = env.adapter.helpers + shared
+    helpers = env.adapter.helpers(env.method) + shared
 
     def left() -> list[procs.Process]:
         return [one for one in _others() if one.pid not in before]

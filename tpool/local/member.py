@@ -132,6 +132,7 @@ class Member:
         self._sent_jobs: set[JobId] = set()
         self._forget_jobs: list[int] = []
         self._unsettled = 0
+        self._ready = False
         self._doomed = False  # to be killed as soon as it has a process
 
     def __str__(self) -> str:
@@ -277,6 +278,7 @@ class Member:
             if self._unsettled == 0:
                 events.append(RecallSettled(self.id))
         elif kind == Kind.READY:
+            self._ready = True
             logger.info("%s is ready, pid %s", self, self.pid)
             events.append(WorkerBecameReady(self.id))
         elif kind == Kind.STARVING:
@@ -331,7 +333,7 @@ class Member:
         if self.pidfd is not None:
             os.close(self.pidfd)
         logger.info("%s ended, pid %s, exit code %s", self, self.pid, self.exitcode)
-        return WorkerLoss(str(self), self.pid, self.exitcode, self.story)
+        return WorkerLoss(str(self), self.pid, self.exitcode, self._ready, self.story)
 
     def close(self) -> None:
         """Close the channel and the semaphore."""

@@ -35,6 +35,7 @@ from typing import Any, NoReturn
 from tpool.errors import MaybeEncodingError, ProtocolError, TpoolError
 from tpool.local import identity, wire
 from tpool.local.channel import Channel, Frame
+from tpool.local.story import format_remote, safe_repr
 from tpool.local.wire import Kind, Mode, Status
 from tpool.tensors import leases
 from tpool.tensors.arena import Allocator, Arena, Ledger
@@ -317,15 +318,15 @@ class Worker:
         except TpoolError:
             raise  # tells what cannot travel, and why, better than we could
         except Exception as error:
-            raise MaybeEncodingError(error, _safe_repr(value)) from error
+            raise MaybeEncodingError(error, safe_repr(value)) from error
 
     def _encode_error(self, error: BaseException) -> tuple[Payload, str]:
         """An exception as (payload, traceback text)."""
-        tb = _format_remote(error)
+        tb = format_remote(error)
         try:
             payload = self._codec.dumps(error)
         except Exception as reason:
-            payload = self._codec.dumps(MaybeEncodingError(reason, _safe_repr(error)))
+            payload = self._codec.dumps(MaybeEncodingError(reason, safe_repr(error)))
         # The frames of the traceback hold the task's arguments.
         traceback.clear_frames(error.__traceback__)
         error.__traceback__ = None
@@ -355,6 +356,11 @@ class Worker:
         if give_backs:
             self._channel.put(Kind.GIVE_BACKS, wire.pack_give_backs(give_backs))
 
+    def _flush_give_backs(self) -> None:
+        self._queue_give_backs()
+        if self._channel.backlogged:
+            self._channel.flush()
+
     def _send(self, kind: Kind, body: bytes = b"") -> None:
         self._queue_give_backs()
         self._channel.put(kind, body)
@@ -378,25 +384,6 @@ class Worker:
             for frame in self._channel.receive():
                 self._handle(frame)
         return True
-
-
-def _safe_repr(value: object) -> str:
-    try:
-        return repr(value)
-    except Exception as error:
-        return f"<{type(value).__name__} whose repr() raised {type(error).__name__}>"
-
-
-def _format_remote(error: BaseException) -> str:
-    """The traceback as text, without the frames of this module that stand above the user's code."""
-    tb = error.__traceback__
-    while tb is not None and tb.tb_next is not None and tb.tb_frame.f_code.co_filename == __file__:
-        tb = tb.tb_next
-    try:
-        lines = traceback.format_exception(type(error), error, tb)
-    except Exception as reason:  # a __str__ or __notes__ of the user's that raises
-        lines = [f"{type(error).__name__}: <its text could not be had: {type(reason).__name__}>\n"]
-    return "".join(lines)
 
 
 def worker_main(sock_fd: int, claims_fd: int, inherited: Inheritance | None = None) -> NoReturn:

@@ -126,6 +126,10 @@ class ZygoteServer:
             # The parent's end was closed, but the parent lives (its pidfd is quiet): nobody can connect any more.
             self._poll.unregister(self._control.fileno())
             return
+        self.connect(frames)
+
+    def connect(self, frames: list[Frame]) -> None:
+        """Serve the connections that came with these frames."""
         for frame in frames:
             channel = Channel(socket.socket(fileno=frame.fds.pop()))
             self._connections[channel.fileno()] = channel
@@ -232,13 +236,15 @@ def zygote_main(control_fd: int, parent_pid: int) -> None:
     sock.setblocking(True)
     os.set_inheritable(control_fd, False)
     control = Channel(sock)
-    frames = []
+    frames: list[Frame] = []
     while not frames:
         frames = control.receive()
-    error = _import_all(pickle.loads(frames[0].body))
+    error = _import_all(pickle.loads(frames.pop(0).body))
     gc.collect()
     gc.freeze()  # the collector would write into every object's header, and so copy every shared page
     gc.disable()
+    if os.getppid() != parent_pid:
+        return
     server = ZygoteServer(control, parent_pid, error)
-    if os.getppid() == parent_pid:
-        server.serve()
+    server.connect(frames)
+    server.serve()

@@ -27,7 +27,6 @@ __all__ = [
     "block_storage",
     "fd_storage",
     "named_storage",
-    "received_fd",
     "strided_tensor",
     "whole_tensor",
 ]
@@ -110,10 +109,6 @@ class Incoming:
             mapping = memoryview(mmap.mmap(self._fds[index], NAMED_HEADER_NBYTES + nbytes))
             return torch.frombuffer(mapping[NAMED_HEADER_NBYTES:], dtype=torch.uint8).untyped_storage()
 
-    def received_fd(self, index: int) -> int:
-        """A descriptor, still owned by the message."""
-        return self._fds[index]
-
 
 # The markers ---------------------------------------------------------------------------------------------------------
 
@@ -143,11 +138,6 @@ def named_storage(index: int, manager: bytes, name: bytes, nbytes: int) -> Any:
     raise _unbound()
 
 
-def received_fd(index: int) -> Any:
-    """Stands for ``Incoming.received_fd``."""
-    raise _unbound()
-
-
 def _unbound() -> DecodeError:
     return DecodeError(
         "this pickle is part of a message of tpool and can only be read together with its shared memory"
@@ -155,7 +145,6 @@ def _unbound() -> DecodeError:
 
 
 MARKERS: dict[str, Callable[..., Any]] = {
-    marker.__name__: marker
-    for marker in (block_storage, whole_tensor, strided_tensor, fd_storage, named_storage, received_fd)
+    marker.__name__: marker for marker in (block_storage, whole_tensor, strided_tensor, fd_storage, named_storage)
 }
 """The functions of this module that a stream may name, by name."""

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from pickle import PickleBuffer
 
 from tpool.errors import PoolEndedError, ProtocolError
 from tpool.tensors.arena import Allocator, Arena
 from tpool.tensors.entries import Block, Entry, Mapped, Peer, Watch
 from tpool.tensors.forks import ForkPipes
+from tpool.tensors.memfd import Guard, view_of
 
 __all__ = ["BlockTable", "trim_if_needed"]
 
@@ -102,15 +102,15 @@ class BlockTable:
                 offset = allocator.allocate(nbytes)
         if offset is None:
             return None
-        guard, watch = self._watch(arena, offset, nbytes)
+        guard, watch = self._watch(arena, offset)
         self._entries[watch.address] = Entry(mapped, offset, nbytes, watch, None)
-        return Block(arena, offset, nbytes, memoryview(PickleBuffer(guard)))
+        return Block(arena, offset, nbytes, view_of(guard, nbytes))
 
-    def _watch(self, arena: Arena, offset: int, nbytes: int) -> tuple[memoryview, Watch]:
-        memory = arena.memory
-        if memory is None:
-            raise PoolEndedError("the pool was closed meanwhile")
-        guard = memory[offset : offset + nbytes]
+    def _watch(self, arena: Arena, offset: int) -> tuple[Guard, Watch]:
+        try:
+            guard = arena.guard(offset)
+        except ValueError as error:
+            raise PoolEndedError("the pool was closed meanwhile") from error
         watch = Watch(guard, self._dead.append)
         watch.address = arena.address + offset
         return guard, watch
@@ -124,7 +124,8 @@ class BlockTable:
         guard = None if watch is None else watch()
         if guard is None:
             return None
-        return Block(entry.mapped.arena, entry.offset, entry.nbytes, memoryview(PickleBuffer(guard)))
+        nbytes = entry.nbytes
+        return Block(entry.mapped.arena, entry.offset, nbytes, view_of(guard, nbytes))
 
     def _settle(self, entry: Entry) -> None:
         """Let the entry go if nothing needs it any more."""

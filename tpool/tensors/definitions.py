@@ -20,8 +20,7 @@ object since. So what an initializer or a task sets, stays. What cannot be pickl
 when it is used: a function may mention a name that its worker never touches.
 
 Definitions and bindings travel in *groups*, in the order in which they were made. Invariants: an object has one
-definition; a group is made before the first payload that needs it is complete; ``_bindings`` names, for each name, the
-object that was last sent (a strong reference, so that identity is enough) and its group; a group that binds a name
+definition; a group is made before the first payload that needs it is complete; a group that binds a name
 again requires the one before, so that a worker never gets them in the wrong order.
 """
 
@@ -34,41 +33,16 @@ from dataclasses import dataclass
 from operator import is_
 from typing import Any
 
-from tpool.tensors.byvalue import (
-    MISSING,
-    CodeNames,
-    Reduced,
-    importable,
-    is_builtin_type,
-    is_class,
-    lookup,
-    main_namespace,
-    of_main,
-    reachable,
-    reduce_here,
-)
+from tpool.tensors.byvalue import reduce_here
+from tpool.tensors.catalogue import Binding, Catalogue, Known
 from tpool.tensors.groups import GroupPickler, GroupWriter
+from tpool.tensors.names import MISSING, importable, lookup, main_namespace, of_main
 from tpool.tensors.payload import DefinitionId, GroupId, Payload
 
-__all__ = ["Definitions", "Known"]
+__all__ = ["Definitions"]
 
 # Combinations of groups for which the names to watch are remembered. A pool has as many as it has functions.
 _MAX_CLOSURES = 1024
-
-
-@dataclass(slots=True, eq=False)
-class Known:
-    """A definition: the object, how a stream refers to it, and the group that holds it."""
-
-    obj: object
-    reference: Reduced
-    group: GroupId
-
-
-@dataclass(slots=True, eq=False)
-class _Binding:
-    value: object
-    group: GroupId
 
 
 @dataclass(slots=True, eq=False)
@@ -110,14 +84,9 @@ class Definitions:
     """
 
     def __init__(self, baseline: dict[str, object] | None = None) -> None:
-        self.baseline: dict[str, object] = {} if baseline is None else baseline
-        self.names = CodeNames()
+        self._catalogue = Catalogue({} if baseline is None else baseline)
         # Held while a group is made; whoever only reads (a payload without news, the handler) does without.
         self._lock = threading.RLock()
-        self._ids = itertools.count(1)
-        self._known: dict[int, Known] = {}  # by id() of the object, which is kept alive
-        self._objects: dict[DefinitionId, object] = {}
-        self._bindings: dict[str, _Binding] = {}
         self._groups: dict[GroupId, _Group] = {}
         self._closures: dict[frozenset[GroupId], _Closure] = {}
         self._mentions: dict[tuple[str, ...], GroupId] = {}
@@ -152,11 +121,11 @@ class Definitions:
 
     def resolve(self, id: DefinitionId) -> object:
         """The caller's own object, named in a result."""
-        return self._objects[id]
+        return self._catalogue.objects[id]
 
     def inherited(self, qualname: str) -> object:
         """The caller's own object, of those that forked workers inherited."""
-        return lookup(self.baseline, qualname)
+        return lookup(self._catalogue.baseline, qualname)
 
     def reduce(self, obj: Any, name: str | None, message: Any) -> Any:
         """How a payload refers to a function, a class, or another object that is known by its name.
@@ -166,14 +135,14 @@ class Definitions:
             name: its qualified name, if not ``__qualname__``.
             message: the payload that is being made: ``needed`` (groups), ``copies``, ``open_group()``.
         """
-        known = self._known.get(id(obj))
+        known = self._catalogue.definitions.get(id(obj))
         if known is None:
             if importable(obj):
                 return NotImplemented
-            if not self.is_definition(obj, name):
+            if not self._catalogue.is_definition(obj, name):
                 if of_main(obj):
-                    message.needed.add(self._mention(self.names.globals_of(obj), message.open_group))
-                return reduce_here(obj, message.copies, self.names)
+                    message.needed.add(self._mention(self._catalogue.names.globals_of(obj), message.open_group))
+                return reduce_here(obj, message.copies, self._catalogue.names)
             known = self._define(obj, name, message.open_group)
         message.needed.add(known.group)
         return known.reference
@@ -191,42 +160,14 @@ class Definitions:
 
     # Making groups -------------------------------------------------------------------------------------------------
 
-    def is_definition(self, obj: Any, name: str | None = None) -> bool:
-        """Whether something that cannot be imported travels by id."""
-        if is_class(obj):
-            return not is_builtin_type(obj)
-        return bool(reachable(main_namespace(), obj, name) or self.inherited_name(obj, name))
-
-    def inherited_name(self, obj: Any, name: str | None) -> str | None:
-        """The name under which a forked worker has the same object."""
-        return reachable(self.baseline, obj, name) if self.baseline else None
-
-    def known(self, obj: object) -> Known | None:
-        """The definition of an object that an earlier group defines."""
-        return self._known.get(id(obj))
-
-    def new_id(self) -> DefinitionId:
-        """An id for one more definition."""
-        return DefinitionId(next(self._ids))
-
-    def is_current(self, name: str, value: object) -> bool:
-        """Whether workers have this value under a name, as far as the caller is concerned."""
-        binding = self._bindings.get(name)
-        return value is (self.baseline.get(name, MISSING) if binding is None else binding.value)
-
-    def binding_group(self, name: str) -> GroupId | None:
-        """The group that last bound a name."""
-        binding = self._bindings.get(name)
-        return None if binding is None else binding.group
-
     def _define(self, obj: Any, name: str | None, open_group: Callable[[Any], GroupPickler]) -> Known:
         with self._lock:
-            known = self._known.get(id(obj))
+            known = self._catalogue.definitions.get(id(obj))
             if known is None:
-                writer = GroupWriter(self, open_group)
+                writer = GroupWriter(self._catalogue, open_group)
                 writer.define(obj, name)
                 self._commit(writer)
-                known = self._known[id(obj)]
+                known = self._catalogue.definitions[id(obj)]
         return known
 
     def _mention(self, names: tuple[str, ...], open_group: Callable[[Any], GroupPickler]) -> GroupId:
@@ -234,7 +175,7 @@ class Definitions:
         gid = self._mentions.get(names)
         if gid is None:
             with self._lock:
-                writer = GroupWriter(self, open_group)
+                writer = GroupWriter(self._catalogue, open_group)
                 writer.bind_all(names)
                 gid = self._mentions[names] = self._commit(writer)
         return gid
@@ -244,10 +185,14 @@ class Definitions:
             groups, names = self._reach(roots)
             space = main_namespace()
             values = tuple(space.get(name, MISSING) for name in names)
-            stale = [n for n, v in zip(names, values, strict=True) if v is not MISSING and not self.is_current(n, v)]
+            stale = [
+                n
+                for n, v in zip(names, values, strict=True)
+                if v is not MISSING and not self._catalogue.is_current(n, v)
+            ]
             if not stale:
                 break
-            writer = GroupWriter(self, open_group)
+            writer = GroupWriter(self._catalogue, open_group)
             writer.bind_all(stale)
             self._commit(writer)
         if len(self._closures) >= _MAX_CLOSURES:
@@ -268,7 +213,7 @@ class Definitions:
             pending.extend(group.requires)
             for name in group.names:
                 names[name] = None
-                binding = self._bindings.get(name)
+                binding = self._catalogue.bindings.get(name)
                 if binding is not None:
                     pending.append(binding.group)
         return groups, names
@@ -280,12 +225,12 @@ class Definitions:
         # The group first, what refers to it afterwards: others read without the lock.
         self._groups[gid] = _Group(payload, tuple(writer.names), requires, bool(writer.defined), len(writer.bound))
         for id, obj in writer.defined.items():
-            self._objects[id] = obj
+            self._catalogue.objects[id] = obj
         for key, (obj, reference) in writer.members.items():
-            self._known[key] = Known(obj, reference, gid)
+            self._catalogue.definitions[key] = Known(obj, reference, gid)
         for name, value in writer.bound.items():
-            old = self._bindings.get(name)
-            self._bindings[name] = _Binding(value, gid)
+            old = self._catalogue.bindings.get(name)
+            self._catalogue.bindings[name] = Binding(value, gid)
             if old is not None:
                 self._supersede(self._groups[old.group], gid)
         return gid

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from tpool.tensors.arena import Allocator
-from tpool.tensors.memfd import Arena
+from tpool.tensors.memfd import Arena, Guard
 
 __all__ = ["Block", "Entry", "Mapped", "Peer", "Watch", "check_entries"]
 
@@ -82,12 +82,8 @@ class Peer:
         return f"<Peer {self.name}>"
 
 
-class Watch(weakref.ref[memoryview]):
-    """A weak reference to what all views of a block keep alive; knows the block when that is gone.
-
-    A view's memory is exported by a slice of the arena that nobody else sees (the *guard*), by way of a PickleBuffer:
-    a memoryview of a memoryview would refer to the first exporter and not keep the one between alive.
-    """
+class Watch(weakref.ref[Guard]):
+    """A weak reference to what all views of a block keep alive; knows the block when that is gone."""
 
     __slots__ = ("address",)
 

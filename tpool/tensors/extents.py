@@ -53,21 +53,26 @@ class Extents:
     make a range invisible for a while but never give it out twice.
     """
 
-    __slots__ = ("_buckets",)
+    __slots__ = ("_buckets", "_largest")
 
     def __init__(self) -> None:
         self._buckets: list[list[tuple[int, int]]] = [[] for _ in range(64)]
+        self._largest = 0  # no bucket above this one was ever used: there is nothing to look for
 
     def put(self, start: int, end: int) -> None:
         """Add a free range; an empty one is ignored."""
         if start < end:
-            self._buckets[(end - start).bit_length()].append((start, end))
+            bucket = (end - start).bit_length()
+            if bucket > self._largest:
+                self._largest = bucket
+            self._buckets[bucket].append((start, end))
 
     def take(self, nbytes: int) -> tuple[int, int] | None:
         """Take out a range in which an aligned block of ``nbytes`` fits: one of the smallest."""
         mask = (ALIGNMENT if nbytes < PAGE_NBYTES else PAGE_NBYTES) - 1
+        buckets = [bucket for bucket in self._buckets[nbytes.bit_length() : self._largest + 1] if bucket]
         for tries in (_TRIES, None):
-            for bucket in islice(self._buckets, nbytes.bit_length(), None):
+            for bucket in buckets:
                 for extent in islice(reversed(bucket), tries):
                     if (extent[0] + mask & ~mask) + nbytes <= extent[1] and _remove(bucket, extent):
                         return extent

@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-from tpool.tensors.byvalue import (
-    MISSING,
-    Reduced,
-    annotated_names,
-    class_attributes,
-    importable,
-    is_class,
-    main_namespace,
-    of_main,
-    reachable,
-    reduce_here,
-    reduce_skeleton,
-)
+from tpool.tensors.byvalue import Reduced, class_attributes, reduce_here, reduce_skeleton
+from tpool.tensors.catalogue import Catalogue
+from tpool.tensors.names import MISSING, annotated_names, importable, is_class, main_namespace, of_main, reachable
 from tpool.tensors.payload import DefinitionId, GroupId, Payload
 from tpool.tensors.registry import BIND, DEFINE, FILL, LACK, definition, inherited
-
-if TYPE_CHECKING:
-    from tpool.tensors.definitions import Definitions
 
 __all__ = ["GroupPickler", "GroupWriter"]
 
@@ -64,13 +51,13 @@ class GroupWriter:
         requires: earlier groups.
     """
 
-    def __init__(self, definitions: Definitions, open_group: Callable[[Any], GroupPickler]) -> None:
+    def __init__(self, catalogue: Catalogue, open_group: Callable[[Any], GroupPickler]) -> None:
         self.members: dict[int, tuple[object, Reduced]] = {}
         self.defined: dict[DefinitionId, object] = {}
         self.names: dict[str, None] = {}
         self.bound: dict[str, object] = {}
         self.requires: set[GroupId] = set()
-        self._definitions = definitions
+        self._catalogue = catalogue
         self._pickler = open_group(self)
         self._hooks: list[tuple[type, dict[str, Any]]] = []
         # Of the unit that is being pickled: what it needs first, and what functions inside it mention.
@@ -85,18 +72,18 @@ class GroupWriter:
 
     def define(self, obj: Any, name: str | None = None) -> None:
         """Make sure that a definition exists, with all that it mentions."""
-        definitions = self._definitions
-        known = definitions.known(obj)
+        catalogue = self._catalogue
+        known = catalogue.known(obj)
         if known is not None:
             self.requires.add(known.group)
         if known is not None or id(obj) in self.members:
             return
-        qualname = definitions.inherited_name(obj, name)
+        qualname = catalogue.inherited_name(obj, name)
         if qualname is not None:
             self.members[id(obj)] = (obj, (inherited, (qualname,)))
-            self.bind_all(definitions.names.globals_within(obj))
+            self.bind_all(catalogue.names.globals_within(obj))
             return
-        definition_id = definitions.new_id()
+        definition_id = catalogue.new_id()
         self.members[id(obj)] = (obj, (definition, (definition_id,)))
         try:
             self._write(DEFINE, definition_id, [obj])
@@ -117,14 +104,14 @@ class GroupWriter:
 
     def reduce(self, obj: Any, name: str | None, message: GroupPickler) -> Any:
         """How a unit refers to a function, a class, or another object that is known by its name."""
-        definitions = self._definitions
-        known = definitions.known(obj)
+        catalogue = self._catalogue
+        known = catalogue.known(obj)
         if known is not None:
             self.requires.add(known.group)
             return known.reference
         if importable(obj):
             return NotImplemented
-        if definitions.is_definition(obj, name):
+        if catalogue.is_definition(obj, name):
             member = self.members.get(id(obj))
             if member is None:
                 self._needs.append((obj, name))
@@ -134,8 +121,8 @@ class GroupWriter:
             if is_class(obj):
                 return reduce_skeleton(obj)
         if of_main(obj):
-            self._mentioned.extend(definitions.names.globals_of(obj))
-        return reduce_here(obj, message.copies, definitions.names)
+            self._mentioned.extend(catalogue.names.globals_of(obj))
+        return reduce_here(obj, message.copies, catalogue.names)
 
     def _complete_class(self, cls: type) -> None:
         methods, others, hooks = class_attributes(cls)
@@ -168,15 +155,15 @@ class GroupWriter:
         value = main_namespace().get(name, MISSING)
         if value is MISSING:
             return
-        previous = self._definitions.binding_group(name)
+        previous = self._catalogue.binding_group(name)
         if previous is not None:
             self.requires.add(previous)
-        current = self._definitions.is_current(name, value)
+        current = self._catalogue.is_current(name, value)
         try:
             # Known to be needed, so better before than after a vain attempt to pickle the value. And what a forked
             # worker has inherited may mention names that have changed since.
             for obj in (value, type(value)):
-                if not importable(obj) and self._definitions.is_definition(obj):
+                if not importable(obj) and self._catalogue.is_definition(obj):
                     self.define(obj)
             if not current:
                 self._write(BIND, name, [value])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable
-from pickle import PickleBuffer
 
 from tpool.errors import PoolEndedError, ProtocolError
 from tpool.tensors.arena import Arena
 from tpool.tensors.block_table import BlockTable, trim_if_needed
 from tpool.tensors.entries import Block, Entry, Peer, check_entries
 from tpool.tensors.extents import ALIGNMENT
+from tpool.tensors.memfd import Guard, view_of
 
 __all__ = ["LeaseTable"]
 
@@ -61,7 +61,7 @@ class LeaseTable(BlockTable):
         arena = mapped.arena
         if nbytes < 1 or offset < 0 or offset % ALIGNMENT or offset + nbytes > arena.nbytes:
             raise ProtocolError(f"{peer.name} sent a block of {nbytes} bytes at {offset} in {arena.nbytes}")
-        guard, watch = self._watch(arena, offset, nbytes)
+        guard, watch = self._watch(arena, offset)
         entry = Entry(mapped, offset, nbytes, watch, peer)
         with self._lock:
             if self._dead:
@@ -74,7 +74,7 @@ class LeaseTable(BlockTable):
                 if living is not None:
                     del watch, entry.watch  # before the guard, so that its death is no news
                     guard = living
-        return Block(arena, offset, nbytes, memoryview(PickleBuffer(guard)))
+        return Block(arena, offset, nbytes, view_of(guard, nbytes))
 
     def _admit(self, entry: Entry, peer: Peer) -> None:
         """Enter a block that is new here, unless it overlaps another one or could only be ours."""
@@ -93,7 +93,7 @@ class LeaseTable(BlockTable):
         insort(offsets, offset)
         self._entries[entry.address] = entry
 
-    def _receive_known(self, known: Entry, entry: Entry, peer: Peer) -> memoryview | None:
+    def _receive_known(self, known: Entry, entry: Entry, peer: Peer) -> Guard | None:
         """A lease too many goes back at once. Gives the living guard, or None if the new one has become the guard."""
         if known.nbytes != entry.nbytes or (known.mapped.allocator is not None and not known.lent):
             raise ProtocolError(

@@ -21,7 +21,16 @@ import weakref
 
 from tpool.errors import PlatformError, ProtocolError
 
-__all__ = ["PAGE_NBYTES", "Arena", "create_memfd", "discard_pages", "map_memfd", "memfd_nbytes"]
+__all__ = [
+    "PAGE_NBYTES",
+    "Arena",
+    "Guard",
+    "create_memfd",
+    "discard_pages",
+    "map_memfd",
+    "memfd_nbytes",
+    "view_of",
+]
 
 PAGE_NBYTES = mmap.PAGESIZE
 
@@ -84,7 +93,7 @@ def memfd_nbytes(fd: int) -> int:
 
 
 def map_memfd(fd: int, nbytes: int) -> tuple[memoryview, int]:
-    """Map a memfd; the mapping lives as long as any buffer made from the view.
+    """Map a memfd; the mapping lives as long as any buffer made from the view, or the view's ``obj``.
 
     Returns:
         A writable view of format 'B' over all of it, and its address.
@@ -114,6 +123,28 @@ def discard_pages(address: int, nbytes: int) -> None:
     if _libc().madvise(address, nbytes, _MADV_REMOVE):
         errno = ctypes.get_errno()
         raise PlatformError(f"cannot discard {nbytes} bytes of shared memory: {os.strerror(errno)}")
+
+
+class Guard(ctypes.c_ubyte * (1 << 46)):  # type: ignore[misc]  # an array type of ctypes is made at run time
+    """What all views of one block keep alive: the exporter of their buffer, weakly referenced by the lease table.
+
+    It claims addresses up to anywhere, so that one type serves all sizes (making a type costs 20 µs); only a slice of
+    its buffer is ever seen. It is no memoryview itself for two reasons. A view of a view refers to the first exporter
+    and does not keep the one between alive. And where it is made to (by a PickleBuffer between them), CPython 3.11
+    crashes when the collector finds both in a garbage cycle.
+
+    Attributes:
+        mapping: keeps the arena mapped.
+    """
+
+    __slots__ = ("mapping",)
+
+    mapping: object
+
+
+def view_of(guard: Guard, nbytes: int) -> memoryview:
+    """A writable view of format 'B' of the block that the guard stands for."""
+    return memoryview(guard).cast("B")[:nbytes]
 
 
 class Arena:
@@ -181,6 +212,18 @@ class Arena:
         except ProtocolError:
             os.close(fd)
             raise
+
+    def guard(self, offset: int) -> Guard:
+        """A new guard for the block that starts at this offset, which is not checked.
+
+        Raises:
+            ValueError: the arena was closed.
+        """
+        if self.memory is None:
+            raise ValueError("the arena was closed")
+        guard = Guard.from_address(self.address + offset)
+        guard.mapping = self.memory.obj
+        return guard
 
     def view(self, offset: int, nbytes: int) -> memoryview:
         """A writable view of format 'B' of a part, which keeps the mapping alive.

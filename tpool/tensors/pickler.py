@@ -24,10 +24,11 @@ from typing import Any, cast
 import torch
 
 from tpool.tensors import descriptors, reducers, unpickler
-from tpool.tensors.byvalue import DISPATCH, MAIN, NAMED_TYPES
+from tpool.tensors.byvalue import DISPATCH, NAMED_TYPES
 from tpool.tensors.definitions import Definitions
 from tpool.tensors.descriptors import carrying
 from tpool.tensors.leases import Block, Memory
+from tpool.tensors.names import MAIN
 from tpool.tensors.payload import TRAILER, GroupId, Payload, Received
 from tpool.tensors.registry import Registry, definition, inherited
 from tpool.tensors.storages import Outgoing, Overlap, Sharing

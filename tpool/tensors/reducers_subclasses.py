@@ -18,7 +18,7 @@ from torch.nn.parameter import Parameter
 from tpool.errors import UnsupportedTensorError
 from tpool.tensors import torch_private
 from tpool.tensors.arrivals import DTYPES, NAMES
-from tpool.tensors.reducers_content import Reduced, content, dress, refuse_non_leaf
+from tpool.tensors.reducers_content import Reduced, content, dress, refuse_non_leaf, set_state
 
 if TYPE_CHECKING:
     from tpool.tensors.storages import Outgoing
@@ -91,7 +91,7 @@ def _uninitialized(tensor: Any) -> Reduced:
     """A parameter or buffer of a lazy module: it has a dtype and a device, and no shape yet."""
     made_by = rebuild_uninitialized, (type(tensor), tensor.requires_grad, str(tensor.device), NAMES[tensor.dtype])
     state = tensor.__dict__
-    return (*made_by, state) if state else made_by
+    return (*made_by, (None, state), None, None, set_state) if state else made_by
 
 
 def rebuild_uninitialized(cls: Any, requires_grad: bool, device: str, dtype: str) -> Any:

@@ -17,18 +17,8 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 from tpool.errors import TransportError
-from tpool.tensors.byvalue import (
-    CodeNames,
-    fill_class,
-    importable,
-    is_builtin_type,
-    is_class,
-    lookup,
-    main_namespace,
-    reachable,
-    reduce_class,
-    reduce_here,
-)
+from tpool.tensors.byvalue import fill_class, reduce_class, reduce_here
+from tpool.tensors.names import CodeNames, importable, is_builtin_type, is_class, lookup, main_namespace, reachable
 from tpool.tensors.payload import DefinitionId
 
 __all__ = ["BIND", "DEFINE", "FILL", "LACK", "Registry", "Unsendable", "definition", "inherited"]

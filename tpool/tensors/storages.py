@@ -63,6 +63,7 @@ class Outgoing:
 
     __slots__ = (
         "_indices",
+        "_met",
         "_parking",
         "_regions",
         "_whole",
@@ -85,8 +86,8 @@ class Outgoing:
         self.keep: list[object] = []
         self.cuda = False
         self.cuda_clones: dict[int, torch.UntypedStorage] = {}
-        # By the storage's address. The pickler's memo holds every object it has met until the message is complete, so
-        # no address is used twice within a message.
+        # By the storage's address, which another may get once this one is gone: so all that were met are held.
+        self._met: list[torch.UntypedStorage] = []
         self._indices: dict[int, int] = {}
         self._regions: dict[int, list[tuple[int, int, int]]] = {}  # storage -> (start, stop, index), disjoint
         self._whole: set[int] = set()  # storages whose views overlapped in an earlier try
@@ -149,6 +150,7 @@ class Outgoing:
                 raise Overlap
         block = self.memory.allocate(stop - start)
         copy_bytes(storage, start, block)
+        self._met.append(storage)
         self.blocks.append(block)
         regions.append((start, stop, len(self.blocks) - 1))
         return len(self.blocks) - 1, start
@@ -175,6 +177,7 @@ class Outgoing:
         return self.add_fd(torch_private.shared_fd(owner), owner)
 
     def _add(self, storage: torch.UntypedStorage, block: Block) -> int:
+        self._met.append(storage)
         self.blocks.append(block)
         index = self._indices[storage._cdata] = len(self.blocks) - 1
         return index

@@ -191,7 +191,8 @@ def typed_storage(storage: torch.UntypedStorage, cls: type, dtype: torch.dtype) 
 
 def untyped_storage(storage: Any) -> torch.UntypedStorage:
     """The ``UntypedStorage`` inside a ``TypedStorage``, without the deprecation warning."""
-    return storage._untyped_storage
+    untyped: torch.UntypedStorage = storage._untyped_storage
+    return untyped
 
 
 # Storages that torch shares by itself ------------------------------------------------------------------------------
@@ -203,7 +204,7 @@ def shared_by(storage: torch.UntypedStorage) -> Literal["fd", "name", "file", "p
     ``"fd"`` and ``"name"`` are torch's two strategies, ``"file"`` is ``torch.from_file(shared=True)``. The last is
     no sharing at all: torch counts a private mapping of a file as shared too.
     """
-    if storage._get_filename() is not None:  # type: ignore[attr-defined]
+    if storage._get_filename() is not None:
         return "file"
     try:
         return "fd" if shared_fd(storage) >= 0 else "private file"  # torch closes the descriptor of a mapped file
@@ -292,5 +293,5 @@ def strided_nested(
     buffer: torch.Tensor, sizes: torch.Tensor, strides: torch.Tensor, offsets: torch.Tensor
 ) -> torch.Tensor:
     """The inverse of ``strided_nested_parts``, on the same memory."""
-    nested_view: Any = torch._nested_view_from_buffer  # type: ignore[attr-defined]
+    nested_view: Any = torch._nested_view_from_buffer
     return nested_view(buffer, sizes, strides, offsets).detach()  # type: ignore[no-any-return]

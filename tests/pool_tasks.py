@@ -1,0 +1,212 @@
+"""Functions that the pool tests run in workers; importable there, unlike those of a test run as a script."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+import tpool
+
+state = None
+
+
+def identity(x):
+    return x
+
+
+def double(x):
+    return x * 2
+
+
+def add(x, y):
+    return x + y
+
+
+def add_one_in_place(tensor):
+    with torch.no_grad():
+        tensor.add_(1)
+
+
+def fill(tensor, value):
+    tensor.fill_(value)
+    return tensor
+
+
+def make_tensor(value, nbytes=4096):
+    return torch.full((nbytes // 4,), value, dtype=torch.float32)
+
+
+def kill_self(_=None):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_self_if(item):
+    value, victim = item
+    if victim:
+        kill_self()
+    return value
+
+
+def raise_if_odd(x):
+    if x % 2:
+        raise ValueError(f"odd: {x}")
+    return x
+
+
+def raise_exception(error):
+    raise error
+
+
+def get_pid(_=None):
+    return os.getpid()
+
+
+def wait_at(barrier_dir, count, seconds, number):
+    """Meet ``count`` tasks in a directory: all must run at once."""
+    Path(barrier_dir, str(number)).touch()
+    deadline = time.monotonic() + seconds
+    while len(os.listdir(barrier_dir)) < count:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"only {os.listdir(barrier_dir)} arrived")
+        time.sleep(0.005)
+    return number
+
+
+def wait_for_file(path, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not os.path.exists(path):
+        if time.monotonic() > deadline:
+            raise TimeoutError(path)
+        time.sleep(0.005)
+    return os.getpid()
+
+
+def sleep(seconds):
+    time.sleep(seconds)
+    return seconds
+
+
+def set_state(value):
+    global state
+    state = value
+
+
+def get_state(_=None):
+    return state
+
+
+def surroundings(_=None):
+    return {
+        "cwd": os.getcwd(),
+        "variable": os.environ.get("TPOOL_TEST_VARIABLE"),
+        "path": list(sys.path),
+        "argv": list(sys.argv),
+        "name": multiprocessing.current_process().name,
+        "parent": multiprocessing.parent_process().pid,
+        "daemon": multiprocessing.current_process().daemon,
+        "threads": torch.get_num_threads(),
+        "info": tpool.get_worker_info(),
+        "random": torch.rand(()).item(),
+        "stdin": sys.stdin.read(),
+    }
+
+
+def use_nested_pool(numbers):
+    with tpool.Pool(2) as pool:
+        return pool.map(double, numbers)
+
+
+def nested_tensor(value):
+    with tpool.Pool(1) as pool:
+        return pool.apply(make_tensor, (value,))
+
+
+def resend_in_nested_pool(tensor):
+    with tpool.Pool(1) as pool:
+        pool.apply(add_one_in_place, (tensor,))
+    return tensor
+
+
+class NotesItsEnd:
+    """Part of a reference cycle, so that only the collector ends it."""
+
+    def __init__(self, path):
+        self.path = path
+        self.cycle = self
+
+    def __del__(self):
+        Path(self.path).touch()
+
+
+kept = []
+
+
+def keep_cycle(path):
+    gc.disable()
+    kept.append(NotesItsEnd(path))
+    return os.getpid()
+
+
+def drop_kept(_=None):
+    kept.clear()
+
+
+def raise_if_not(condition):
+    if not condition:
+        raise RuntimeError("the initializer failed as asked")
+
+
+def use_mp_objects(lock, event, queue, value, barrier_parties):
+    global state
+    state = (lock, event, queue, value, barrier_parties)
+
+
+def talk(number):
+    lock, event, queue, value, _ = state
+    with lock:
+        value.value += 1
+    queue.put(number)
+    return event.wait(30)
+
+
+def thread_names(_=None):
+    return [thread.name for thread in threading.enumerate()]
+
+
+class Unpicklable:
+    def __reduce__(self):
+        raise TypeError("this object stays where it is")
+
+
+def return_unpicklable(_=None):
+    return Unpicklable()
+
+
+class CannotUnpickle(Exception):
+    def __init__(self, first, second):
+        super().__init__(first)
+
+
+def raise_cannot_unpickle(_=None):
+    raise CannotUnpickle("a story worth reading", 2)
+
+
+def explode_on_load():
+    raise RuntimeError("not in this process")
+
+
+class ExplodesOnLoad:
+    def __reduce__(self):
+        return explode_on_load, ()
+
+
+def return_exploding(_=None):
+    return ExplodesOnLoad()

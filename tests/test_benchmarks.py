@@ -1,0 +1,174 @@
+"""The benchmark runner: that it runs, and judges rightly. No times are asserted."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+pytest.importorskip("numpy")
+
+from benchmarks import __main__ as command
+from benchmarks import plots, report, stats
+from benchmarks.cases import CASES
+from benchmarks.cases.tasks import best_in_order
+from benchmarks.peers import PEERS
+from benchmarks.remote import DriverFailed, Remote
+from benchmarks.runner import Options, run, takes_part
+from benchmarks.targets import TARGETS, Target
+from benchmarks.verdicts import verdicts
+
+
+def test_two_tiny_cases_run_with_multiprocessing(tmp_path):
+    results = run(
+        Options(
+            cases=[CASES["tensor-4KB-both"], CASES["noop-imap"]],
+            pools=["multiprocessing"],
+            rounds=2,
+            quick=True,
+            out=tmp_path,
+            sizes={"items": 4},
+            with_limits=False,
+        )
+    )
+
+    assert results == json.loads(json.dumps(results))
+    for case in results["cases"].values():
+        played = case["pools"]["multiprocessing"]
+        assert (played["status"], [each["turn"] for each in played["rounds"]]) == ("ok", [0, 1])
+        assert all(each["times"]["time"] > 0 for each in played["rounds"])
+    text = report.markdown(results)
+    assert "tensor-4KB-both" in text
+    assert "not measured" in text  # tpool's targets: it was not in the run
+
+
+def test_a_driver_that_does_not_answer_in_time_is_killed(tmp_path):
+    driver = Remote("multiprocessing", tmp_path / "log")
+
+    with pytest.raises(DriverFailed, match="no answer within 0 s") as failure:
+        driver.ask("hello", 0.0)
+
+    assert failure.value.status == "timeout"
+    assert driver._process.returncode is not None
+
+
+def test_every_target_names_a_case_a_pool_and_a_baseline_that_exist():
+    groups = {case.group for case in CASES.values()}
+    baselines = {*PEERS, "warm_copy", "fresh_copy", "import_torch"}
+
+    for target in TARGETS:
+        assert target.case in (groups if target.kind == "break_even" else CASES), target
+        assert target.pool in PEERS, target
+        assert target.against in baselines, target
+        assert target.bound >= 0, target
+        if target.kind in ("bandwidth", "memory_batches"):
+            assert "nbytes" in CASES[target.case].params, target
+        if target.kind == "memory_batches":
+            assert CASES[target.case].memory, target
+
+
+def test_names_on_the_command_line():
+    assert {case.name for case in command.chosen_cases("apply,noop-*", quick=False)} == {
+        "apply",
+        "noop-imap-unordered",
+        "noop-imap",
+        "noop-map",
+    }
+    assert command.chosen_cases("break-even-*", quick=True) == []
+    assert command.main(["--cases", "no-such-case"]) == 2
+    assert command.main(["--pools", "no-such-pool"]) == 2
+
+
+def test_a_pool_takes_part_in_what_it_can_run():
+    loader = {"features": [], "cases": ["*"]}
+
+    assert takes_part("dataloader", loader, CASES["tensor-4KB-result"])
+    assert not takes_part("dataloader", loader, CASES["tensor-4KB-argument"])
+    assert not takes_part("dataloader", {"skipped": "not there"}, CASES["tensor-4KB-result"])
+
+
+def _results(**pools):
+    """Results of the case ``apply`` from lists of p50 by pool."""
+    runs = {
+        name: {
+            "status": "ok",
+            "reason": "",
+            "memory": {},
+            "rounds": [
+                {
+                    "turn": turn,
+                    "times": {"p50": seconds, "p99": seconds},
+                    "values": {},
+                    "parent_cpu": {},
+                    "children_cpu": {},
+                    "samples": {"apply": [seconds] * 101},
+                }
+                for turn, seconds in enumerate(times)
+                if seconds is not None
+            ],
+        }
+        for name, times in pools.items()
+    }
+    case = {"description": "", "params": {}, "moved_nbytes": 0, "divisor": 1, "group": "", "x": 0, "pools": runs}
+    machine = {"cpu": "", "cores": 2, "virtual": False, "memory_gb": 1, "kernel": "", "python": ""}
+    return {
+        "machine": machine | {"load_before": 0.0, "load_after": 0.0},
+        "limits": {},
+        "pools": {name: {"title": name} for name in pools},
+        "cases": {"apply": case},
+        "left_out": [],
+        "options": {"quick": False, "workers": 2},
+    }
+
+
+def test_ratios_are_taken_pair_by_pair():
+    # The second turn met a slow moment of the machine; the fourth was not played by tpool.
+    results = _results(torch=[1.0, 9.0, 1.0, 5.0], tpool=[0.5, 4.5, 0.7, None])
+
+    p50, p99 = verdicts(results)
+
+    assert (p50.target.metric, p50.measured, p50.met, p50.spread) == ("p50", 0.5, True, (0.5, 0.7))
+    assert (p99.target.metric, p99.met) == ("p99", True)
+
+
+def test_a_pool_that_failed_meets_no_target():
+    results = _results(torch=[1.0], tpool=[0.1])
+    results["cases"]["apply"]["pools"]["tpool"]["status"] = "timeout"
+
+    assert [verdict.met for verdict in verdicts(results)] == [False, False]
+    assert "**timeout**" in report.markdown(results)
+
+
+@pytest.mark.leaves("matplotlib keeps the fonts open that it has used")
+def test_plots_are_drawn_where_matplotlib_is(tmp_path):
+    pytest.importorskip("matplotlib")
+
+    assert plots.draw(_results(torch=[1.0], tpool=[0.5]), tmp_path) == [tmp_path / "latency.svg"]
+
+
+def test_without_matplotlib_nothing_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+
+    assert plots.draw(_results(torch=[1.0]), tmp_path) == []
+
+
+def test_statistics():
+    assert stats.percentile(range(1, 101), 99) == 99
+    assert stats.percentile([3.0], 0) == 3.0
+    assert math.isnan(stats.median([]))
+    assert stats.crossing([(10, 4.0), (1000, 0.25)]) == pytest.approx(100)
+    assert stats.crossing([(10, 0.5)]) == 10
+    assert stats.crossing([(10, 2.0)]) is None
+
+
+@pytest.mark.parametrize(("position", "best"), [(0, 0.5 * (63 + 20)), (63, 31 + 1 + 20 - 0.5)])
+def test_the_best_order_without_foresight(position, best):
+    durations = [1.0] * 64
+    durations[position] = 20.0
+
+    assert best_in_order(durations, 2) == pytest.approx(best, abs=0.5)
+
+
+def test_a_target_reads_as_a_sentence():
+    assert report._bound(Target("apply", "time_ratio", 0.6, metric="p50")) == "p50 ≤ 0.6× the time of torch"
