@@ -82,7 +82,9 @@ class Fleet:
         self._drivers.pop(name, None)
 
     def stop(self) -> None:
-        """End all drivers."""
-        for name in list(self._drivers):
-            self._open.discard(name)
-            self._drivers.pop(name).stop(_CLOSE_SECONDS)
+        """End all drivers, all at once: most of the time of closing a pool is waiting."""
+        drivers = list(self._drivers.values())
+        self._drivers.clear()
+        self._open.clear()
+        with ThreadPoolExecutor(max(1, len(drivers))) as together:
+            list(together.map(lambda driver: driver.stop(_CLOSE_SECONDS), drivers))

@@ -137,11 +137,15 @@ def _table(results: Results) -> str:
     return f"## All pools\n\n{text}\n\n" + _grid(["case", "what", *pools], rows)
 
 
+def _bytes(count: float) -> str:
+    return f"{count / 1e6:.3g} MB" if count >= 1e6 else f"{count / 1e3:.3g} KB"
+
+
 def _size(params: dict[str, Any]) -> str:
     """How many items of what size, as far as the case has them."""
     count = params.get("items", params.get("sends"))
     nbytes = params.get("nbytes")
-    return (f", {count:,}" + (f" × {nbytes / 1e6:.3g} MB" if nbytes else "") + " a round") if count else ""
+    return (f", {count:,}" + (f" × {_bytes(nbytes)}" if nbytes else "") + " a round") if count else ""
 
 
 def _metrics(case: dict[str, Any], kind: str) -> list[str]:

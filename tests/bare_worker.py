@@ -98,6 +98,8 @@ class Caller:
         arenas = [(os.dup(arena.fd), arena.id) for arena in (self.memory.arena, theirs)]  # a child has not the fds
         self.pid = os.fork()
         if not self.pid:
+            frames[0].close()
+            fds[0].close()
             work(Wire(frames[1], fds[1]), arenas, fresh_main, baseline)
         for fd, _ in arenas:
             os.close(fd)

@@ -19,6 +19,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from support import ProcessInfo, process_info, processes, wait_until
 
@@ -34,28 +35,29 @@ IGNORED_TARGETS = ("/.hypothesis/", "/dev/nvidia", "/pym-")
 
 def expected_processes() -> set[int]:
     """Ids of the processes that serve this whole process and outlive a test on purpose."""
-    found: set[object] = set()
-    tracker = sys.modules.get("multiprocessing.resource_tracker")
-    found.add(getattr(getattr(tracker, "_resource_tracker", None), "_pid", None))
-    server = sys.modules.get("multiprocessing.forkserver")
-    found.add(getattr(getattr(server, "_forkserver", None), "_forkserver_pid", None))
-    zygote = sys.modules.get("tpool.local.zygote")
-    if zygote is not None and hasattr(zygote, "expected_processes"):
-        found.update(zygote.expected_processes())
-    return {pid for pid in found if isinstance(pid, int)}
+    found = {_attribute("multiprocessing.resource_tracker", "_resource_tracker", "_pid")}
+    found.add(_attribute("multiprocessing.forkserver", "_forkserver", "_forkserver_pid"))
+    return {pid for pid in found if pid is not None} | _zygote_traces()[0]
 
 
 def expected_descriptors() -> set[int]:
     """Descriptors that lead to :func:`expected_processes`."""
-    found: set[object] = set()
-    tracker = sys.modules.get("multiprocessing.resource_tracker")
-    found.add(getattr(getattr(tracker, "_resource_tracker", None), "_fd", None))
-    server = sys.modules.get("multiprocessing.forkserver")
-    found.add(getattr(getattr(server, "_forkserver", None), "_forkserver_alive_fd", None))
-    zygote = sys.modules.get("tpool.local.zygote")
-    if zygote is not None and hasattr(zygote, "expected_descriptors"):
-        found.update(zygote.expected_descriptors())
-    return {fd for fd in found if isinstance(fd, int)}
+    found = {_attribute("multiprocessing.resource_tracker", "_resource_tracker", "_fd")}
+    found.add(_attribute("multiprocessing.forkserver", "_forkserver", "_forkserver_alive_fd"))
+    return {fd for fd in found if fd is not None} | _zygote_traces()[1]
+
+
+def _zygote_traces() -> tuple[set[int], set[int]]:
+    traces = _attribute("tpool.local.launch", "zygote_traces")
+    return traces() if traces is not None else (set(), set())
+
+
+def _attribute(module: str, *names: str) -> Any:
+    """Look into a module only if somebody has imported it; it cannot have started anything otherwise."""
+    found: Any = sys.modules.get(module)
+    for name in names:
+        found = getattr(found, name, None)
+    return found
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,9 @@ import pytest
 from leaks import Snapshot, expected_descriptors, expected_processes, find_leaks
 from support import process_info, wait_until
 
+from tpool import Pool
+from tpool.local.launch import zygote_traces
+
 pytest_plugins = ["pytester"]
 
 Plant = Callable[[], object]
@@ -155,6 +158,19 @@ def test_helpers_of_the_standard_library_are_expected() -> None:
     assert len(expected_processes()) >= 1
     assert len(expected_descriptors()) >= 1
     assert find_leaks(before) == []
+
+
+def test_the_zygote_is_expected_and_nothing_else_of_a_pool() -> None:
+    before = Snapshot.take()
+    with Pool(1) as pool:
+        assert pool.apply(abs, (-1,)) == 1
+        assert len(before.leaks()) >= 3, "a worker, a thread and some descriptors"
+    pool.join()
+    assert find_leaks(before) == []
+    pids, fds = zygote_traces()
+    assert len(pids) == len(fds) == 1
+    assert pids <= expected_processes()
+    assert fds <= expected_descriptors()
 
 
 def test_processes_of_others_are_not_ours() -> None:

@@ -26,6 +26,10 @@ SLOTS = 3
 SIZES = st.sampled_from([1, 64, 65, 200, 576, 577, 2048, 4000, 4096, 4097, 8192, 12_000, 40_000, 100_000])
 
 
+def pattern(stamp: int, nbytes: int) -> bytes:
+    return (stamp.to_bytes(8, "little") * (nbytes // 8 + 1))[:nbytes]
+
+
 class Process:
     """One process of the pool: a table, mappings of its own, and what its program keeps."""
 
@@ -37,15 +41,15 @@ class Process:
         for id, arena in self.arenas.items():
             self.table.add(arena, self.allocator if id == owned else None)
         self.peers: dict[int, Peer] = {}
-        self.kept: list[tuple[Block, bytes]] = []
-        self.children: list[tuple[int, list[tuple[memoryview, bytes]]]] = []
+        self.kept: list[tuple[Block, int]] = []
+        self.children: list[tuple[int, list[tuple[memoryview, int]]]] = []
 
     def verify(self) -> None:
-        for block, pattern in self.kept:
-            assert bytes(block.view) == pattern, f"{block} was changed under a live view"
+        for block, stamp in self.kept:
+            assert bytes(block.view) == pattern(stamp, block.nbytes), f"{block} was changed under a live view"
         for _, inherited in self.children:
-            for view, pattern in inherited:
-                assert bytes(view) == pattern, "memory was changed under a forked child"
+            for view, stamp in inherited:
+                assert bytes(view) == pattern(stamp, view.nbytes), "memory was changed under a forked child"
 
     def fork(self) -> None:
         self.table.before_fork()
@@ -54,7 +58,7 @@ class Process:
         child = None if pipe is None else os.dup(pipe[1])
         self.table.after_fork_in_parent()
         if child is not None:
-            inherited = [(block.arena.view(block.offset, block.nbytes), pattern) for block, pattern in self.kept]
+            inherited = [(block.arena.view(block.offset, block.nbytes), stamp) for block, stamp in self.kept]
             self.children.append((child, inherited))
 
     def end_child(self, index: int) -> None:
@@ -108,9 +112,8 @@ class Pool(RuleBasedStateMachine):
         if block is None:
             return
         self.stamps += 1
-        pattern = (self.stamps.to_bytes(8, "little") * (nbytes // 8 + 1))[:nbytes]
-        block.view[:] = pattern
-        process.kept.append((block, pattern))
+        block.view[:] = pattern(self.stamps, nbytes)
+        process.kept.append((block, self.stamps))
 
     @rule(data=st.data(), times=st.integers(1, 2))
     def send(self, data: st.DataObject, times: int) -> None:
@@ -118,21 +121,22 @@ class Pool(RuleBasedStateMachine):
         to = data.draw(st.sampled_from(sorted(process.peers)))
         if not process.kept or (name, to) not in self.channels:
             return
-        block, pattern = data.draw(st.sampled_from(process.kept))
+        # By index: what is drawn itself is kept alive for the report.
+        block, stamp = process.kept[data.draw(st.integers(0, len(process.kept) - 1))]
         found = process.table.find(block.arena.address + block.offset)
         assert found is not None
         assert (found.arena, found.offset, found.nbytes) == (block.arena, block.offset, block.nbytes)
         process.table.lend([found] * times, process.peers[to])
         handle = (block.arena.id, block.offset, block.nbytes)
-        self.channels[name, to].append(("payload", [(handle, pattern)] * times))
+        self.channels[name, to].append(("payload", [(handle, stamp)] * times))
 
     @rule(data=st.data(), derived=st.booleans())
     def drop(self, data: st.DataObject, derived: bool) -> None:
         _, process = self.party(data)
         if process.kept:
-            block, pattern = process.kept.pop(data.draw(st.integers(0, len(process.kept) - 1)))
+            block, stamp = process.kept.pop(data.draw(st.integers(0, len(process.kept) - 1)))
             if derived:  # only something made from the view lives on
-                process.kept.append((Block(block.arena, block.offset, block.nbytes, block.view.toreadonly()), pattern))
+                process.kept.append((Block(block.arena, block.offset, block.nbytes, block.view.toreadonly()), stamp))
 
     @rule(data=st.data())
     def give_back(self, data: st.DataObject) -> None:
@@ -165,8 +169,8 @@ class Pool(RuleBasedStateMachine):
         process = self.parties[receiver]
         peer = process.peers[sender]
         if kind == "payload":
-            for handle, pattern in content:
-                process.kept.append((process.table.receive(*handle, peer), pattern))
+            for handle, stamp in content:
+                process.kept.append((process.table.receive(*handle, peer), stamp))
         else:
             for triple in content:
                 process.table.given_back(peer, *triple)
@@ -240,6 +244,7 @@ class Pool(RuleBasedStateMachine):
                 process.table.trim()
                 assert process.allocator.committed_nbytes == 0
                 assert process.allocator.blocks_in_use == 0
+            for process in self.parties.values():
                 assert process.table.allocate(process.arena, BUDGET_NBYTES) is not None, "memory is in pieces"
                 process.table.trim()
 

@@ -364,12 +364,13 @@ class TestRecall:
         assert world.say(TimePassed(), after=RECALL_SECONDS / 2) == []
         assert world.say(TimePassed(), after=RECALL_SECONDS) == [("RecallTasks", 0)]
 
-    def test_when_nothing_was_taken_back_it_is_tried_again_later(self) -> None:
+    def test_when_nothing_was_taken_back_there_is_nothing_to_wait_for(self) -> None:
         world = self.stuck()
         world.say(TimePassed(), after=RECALL_SECONDS)
         assert world.recalled(0, 0) == []
-        assert world.scheduler.wake_at == world.now + RECALL_SECONDS
-        assert world.say(TimePassed(), after=RECALL_SECONDS) == [("RecallTasks", 0)]
+        assert world.scheduler.wake_at is None
+        assert sent(world.finish(0, 3)) == []
+        assert sent(world.submit(7, 1)) == [(0, 1)]
 
     def test_a_pool_without_an_idle_worker_or_without_work_needs_no_waking(self) -> None:
         world = World(1)

@@ -146,7 +146,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         return [worker for worker in self.working("ready") if not worker.held]
 
     def loaded(self) -> list[ModelWorker]:
-        return [worker for worker in self.working("ready") if len(worker.held) >= 2]
+        return [worker for worker in self.working("ready") if 2 <= len(worker.held) > worker.started]
 
     def fits(self, worker: ModelWorker, task: Task) -> bool:
         return self.max_tasks is None or not worker.given or worker.given + task.weight <= self.max_tasks
@@ -174,7 +174,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         job.turn = self.messages
         if not worker.held:
             worker.heard_at = self.said_at
-        if len(worker.held) < 2:
+        if worker not in self.loaded():
             worker.since = self.said_at
         for task in action.tasks:
             assert job.queue.pop(task.index) is task
@@ -460,11 +460,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         if self.recall_plan == "die":
             return self.lose(worker, unstarted)
         count = {"none": 0, "one": min(1, unstarted), "all": unstarted}[self.recall_plan]
-        if count:
-            self.come_back(worker, count)
-            worker.started = len(worker.held)
+        self.come_back(worker, count)
+        worker.started = len(worker.held)
         worker.state = "settling" if count else "ready"
-        worker.since = self.now
         self.say(TasksRecalled(WorkerId(worker.id), count), self.drops())
 
     recall_plan = "all"
@@ -494,7 +492,6 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def settle_recall(self, worker: ModelWorker) -> None:
         worker.state = "ready"
-        worker.since = self.now
         self.say(RecallSettled(WorkerId(worker.id)))
 
     @precondition(lambda self: self.working("retiring", "killed"))

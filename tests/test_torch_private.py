@@ -217,10 +217,9 @@ def test_swap_data_takes_every_view_along() -> None:
 
 def test_typed_storage_and_back(recwarn: pytest.WarningsRecorder) -> None:
     untyped = torch.arange(3.0).untyped_storage()
-    typed = torch_private.typed_storage(untyped, torch.TypedStorage, torch.float32)
-    named = torch_private.typed_storage(untyped, torch.FloatStorage, torch.float32)
+    typed = torch_private.typed_storage(untyped, torch.float32)
     assert torch_private.untyped_storage(typed) is untyped
-    assert (typed.dtype, type(named)) == (torch.float32, torch.FloatStorage)
+    assert typed.dtype is torch.float32
     assert not recwarn
 
 

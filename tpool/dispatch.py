@@ -106,6 +106,7 @@ class Worker:
         held: the tasks it was sent and has not answered, in that order.
         given: the weight of all the tasks it was sent, less what came back unstarted.
         last_job: the job of what it was sent last; None before that.
+        recalled: what it holds was all started, as the rest was recalled; until it is sent something.
         progress_at: when it was last heard of: its last result, or the message that ended its idleness.
     """
 
@@ -115,6 +116,7 @@ class Worker:
     held: deque[Task] = field(default_factory=deque)
     given: int = 0
     last_job: Job | None = None
+    recalled: bool = False
     progress_at: float = 0.0
 
     def pop_last(self, count: int) -> list[Task]:
@@ -174,7 +176,7 @@ class Dispatcher:
         self._max_tasks = max_tasks
         self._ring: deque[Job] = deque()  # the next to send first
         self._hungry: dict[Worker, None] = {}  # an ordered set: hold little enough to be sent more
-        # Hold two or more, and since when they have done so without a result; the longest first.
+        # Hold unstarted tasks (two or more, of which one may run), and since when without a result; the longest first.
         self._loaded: dict[Worker, float] = {}
         # One recall at a time: what it brings back may be enough for all who are idle.
         self._asked: Worker | None = None
@@ -225,7 +227,7 @@ class Dispatcher:
             self._hungry[worker] = None
         else:
             self._hungry.pop(worker, None)
-        if len(worker.held) < 2:
+        if len(worker.held) < 2 or worker.recalled:
             self._loaded.pop(worker, None)
         elif worker not in self._loaded:
             self._loaded[worker] = self.now
@@ -313,6 +315,7 @@ class Dispatcher:
             worker.progress_at = self.now
         worker.held.extend(tasks)
         worker.last_job = job
+        worker.recalled = False
         self.out.append(SendTasks(worker.id, tasks))
         self.place(worker)
 
@@ -349,6 +352,7 @@ class Dispatcher:
         """Take from a worker what was recalled, and give it."""
         self._asked = None
         tasks = worker.pop_last(count)
+        worker.recalled = True
         worker.state = WorkerState.SETTLING if count else WorkerState.READY
         self.place(worker)
         return tasks
@@ -365,7 +369,7 @@ class Dispatcher:
         ready = [worker for worker in workers if worker.state is WorkerState.READY]
         assert set(self.idle) == {worker for worker in ready if not worker.held}
         assert set(self._hungry) <= {worker for worker in ready if worker.held}
-        assert set(self._loaded) == {worker for worker in ready if len(worker.held) > 1}
+        assert set(self._loaded) == {worker for worker in ready if len(worker.held) > 1 and not worker.recalled}
         assert list(self._loaded.values()) == sorted(self._loaded.values()), "_loaded is out of order"
         asked = [worker for worker in workers if worker.state is WorkerState.ASKED]
         assert asked == ([] if self._asked is None else [self._asked])

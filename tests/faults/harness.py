@@ -254,7 +254,7 @@ class _Interpreter:
     def _read(self, returncode: int, hung: bool) -> list[Outcome]:
         """From the report, one outcome for each case that was begun (at least one)."""
         batch, outcomes = self.batch, []
-        stderr = self._text(self.stderr).encode()
+        stderr = self.stderr.read_bytes()  # bytes, because tasks write garbage and the offsets count bytes
         records = [json.loads(line) for line in self._text(self.report).splitlines()]
         ends = {record["case"]: record for record in records if record["event"] == "end"}
         starts = {record["case"]: record["stderr"] for record in records if record["event"] == "start"}

@@ -100,6 +100,15 @@ class SharedZygote:
                 self._control.flush()
         return ours
 
+    def trace(self) -> tuple[int, int] | None:
+        """(process id, descriptor of the control socket) while it lives."""
+        with self._lock:
+            if not self._alive():
+                return None
+            assert self.pid is not None
+            assert self._control is not None
+            return self.pid, self._control.fileno()
+
     def _alive(self) -> bool:
         if self.pid is None:
             return False
@@ -143,10 +152,14 @@ def shared_zygote(preload: tuple[str, ...] = ()) -> SharedZygote:
         return _zygotes.setdefault(preload, SharedZygote(preload))
 
 
-def zygote_pids() -> set[int]:
-    """The process ids of the zygotes that this process has started and not yet seen end."""
+def zygote_traces() -> tuple[set[int], set[int]]:
+    """(process ids, descriptors) of the zygotes that this process has started and not yet seen end.
+
+    They outlive their last pool by ``zygote.LINGER_SECONDS``; whoever counts what a pool leaves behind subtracts them.
+    """
     with _zygotes_lock:
-        return {known.pid for known in _zygotes.values() if known.pid is not None and known._alive()}
+        traces = [trace for known in _zygotes.values() if (trace := known.trace()) is not None]
+    return {pid for pid, _ in traces}, {fd for _, fd in traces}
 
 
 def _forget_zygotes() -> None:

@@ -212,26 +212,41 @@ class Allocator:
         extents = self._cold.take_all()
         extents.append((self._bump, self._bump_end))
         self._bump = self._bump_end = 0
-        for start, end in sorted(extents, reverse=True):
-            self._adopt_extent(start, end)
+        found = [(start, end, self._find_warm(start, end)) for start, end in sorted(extents, reverse=True)]
+        self.committed_nbytes += sum(last - first for _, _, ranges in found for first, last in ranges)
+        for start, end, ranges in found:
+            self._adopt_extent(start, end, ranges)
         self.ledger.set_committed(self.index, self.committed_nbytes)
         self.ledger.set_waiting(self.index, False)
 
-    def _adopt_extent(self, start: int, end: int) -> None:
-        first = -(-start // PAGE_NBYTES) * PAGE_NBYTES
-        last = end // PAGE_NBYTES * PAGE_NBYTES
-        while first < last:
+    def _find_warm(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Where the file has pages between two offsets."""
+        ranges: list[tuple[int, int]] = []
+        position, end = -(-start // PAGE_NBYTES) * PAGE_NBYTES, end // PAGE_NBYTES * PAGE_NBYTES
+        while position < end:
             try:
-                data = os.lseek(self.arena.fd, first, os.SEEK_DATA)
-                hole = min(os.lseek(self.arena.fd, data, os.SEEK_HOLE), last)
+                first = os.lseek(self.arena.fd, position, os.SEEK_DATA)
+                position = min(os.lseek(self.arena.fd, first, os.SEEK_HOLE), end)
             except OSError:  # ENXIO: no data from here on; EINVAL: this system cannot tell, so nothing is warm
                 break
-            if data >= last:
-                break
-            self._cold.put(start, data)
-            self._warm.put(data, hole)
-            self.committed_nbytes += hole - data
-            start = first = hole
+            if first < end:
+                ranges.append((first, position))
+        return ranges
+
+    def _adopt_extent(self, start: int, end: int, ranges: list[tuple[int, int]]) -> None:
+        """Split a free extent into the warm ranges, each for a block of the size class it came from, and the rest."""
+        before = self.ledger.committed_nbytes(self.index)
+        limit = end // PAGE_NBYTES * PAGE_NBYTES
+        for first, last in reversed(ranges):
+            # The end of a block was never touched if its size had been rounded up to that of a class; without it the
+            # next block of that class would not fit. The earlier owner had paid for it.
+            rest = min(class_nbytes(last - first) - (last - first), limit - last, before - self.committed_nbytes)
+            if rest > 0:
+                self.committed_nbytes += rest
+                last += rest
+            self._cold.put(last, end)
+            self._warm.put(first, last)
+            limit = end = first
         self._cold.put(start, end)
 
     # Giving memory back to the system -----------------------------------------------------------------------------

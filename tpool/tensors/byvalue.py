@@ -15,6 +15,7 @@ Nothing here knows of ids, groups or payloads: see ``definitions``.
 
 from __future__ import annotations
 
+import builtins
 import copyreg
 import dataclasses
 import enum
@@ -52,8 +53,8 @@ __all__ = [
 Reduced = tuple[Any, ...]
 
 
-def reduce_here(obj: Any, copies: dict[int, dict[str, Any]], names: CodeNames) -> Reduced:
-    """By value: a function, a type of the interpreter's, or an object that else pickles only by name.
+def reduce_here(obj: Any, copies: dict[int, dict[str, Any]], names: CodeNames) -> Any:
+    """By value, or NotImplemented: a function, a type of the interpreter's, or an object that else pickles only by name.
 
     Args:
         obj: which.
@@ -63,7 +64,9 @@ def reduce_here(obj: Any, copies: dict[int, dict[str, Any]], names: CodeNames) -
     if is_function(obj):
         return _reduce_function(obj, copies, names)
     if is_class(obj):
-        return _cloudpickle._builtin_type, (BUILTIN_TYPES[id(obj)],)
+        name = BUILTIN_TYPES.get(id(obj))
+        # Some types in C are not found where they say: pickle will tell.
+        return NotImplemented if name is None else (_cloudpickle._builtin_type, (name,))
     return _reduce_named(obj)
 
 
@@ -117,9 +120,8 @@ def _make_function(
 ) -> types.FunctionType:
     if isinstance(namespace, str):
         # __main__ is this process's, which need not be the module that an import would find.
-        module = sys.modules.get(namespace) or importlib.import_module(namespace)
-        return types.FunctionType(code, vars(module), name, None, closure)
-    namespace.setdefault("__builtins__", __builtins__)
+        namespace = vars(sys.modules.get(namespace) or importlib.import_module(namespace))
+    namespace.setdefault("__builtins__", builtins)
     return types.FunctionType(code, namespace, name, None, closure)
 
 

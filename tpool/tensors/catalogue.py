@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tpool.tensors.byvalue import Reduced
-from tpool.tensors.names import MISSING, CodeNames, is_builtin_type, is_class, main_namespace, reachable
+from tpool.tensors.names import MISSING, CodeNames, is_class, is_python_class, main_namespace, reachable
 from tpool.tensors.payload import DefinitionId, GroupId
 
 __all__ = ["Binding", "Catalogue", "Known"]
@@ -52,7 +52,7 @@ class Catalogue:
     def is_definition(self, obj: Any, name: str | None = None) -> bool:
         """Whether something that cannot be imported travels by id."""
         if is_class(obj):
-            return not is_builtin_type(obj)
+            return is_python_class(obj)
         return bool(reachable(main_namespace(), obj, name) or self.inherited_name(obj, name))
 
     def inherited_name(self, obj: Any, name: str | None) -> str | None:

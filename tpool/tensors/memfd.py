@@ -37,6 +37,9 @@ PAGE_NBYTES = mmap.PAGESIZE
 # Where limits are low an arena is made smaller, but not uselessly small.
 _LEAST_NBYTES = 64 << 20
 
+# Half the address space of a process: no arena is larger, whatever the budget.
+_MOST_NBYTES = 1 << 46
+
 # From <asm-generic/mman-common.h>; the mmap module does not have it before Python 3.13 everywhere.
 _MADV_REMOVE = 9
 _MAP_FAILED = ctypes.c_void_p(-1).value
@@ -68,7 +71,7 @@ def create_memfd(name: str, nbytes: int) -> int:
     try:
         os.ftruncate(fd, nbytes)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-    except OSError:
+    except BaseException:
         os.close(fd)
         raise
     return fd
@@ -125,7 +128,7 @@ def discard_pages(address: int, nbytes: int) -> None:
         raise PlatformError(f"cannot discard {nbytes} bytes of shared memory: {os.strerror(errno)}")
 
 
-class Guard(ctypes.c_ubyte * (1 << 46)):  # type: ignore[misc]  # an array type of ctypes is made at run time
+class Guard(ctypes.c_ubyte * _MOST_NBYTES):  # type: ignore[misc]  # an array type of ctypes is made at run time
     """What all views of one block keep alive: the exporter of their buffer, weakly referenced by the lease table.
 
     It claims addresses up to anywhere, so that one type serves all sizes (making a type costs 20 µs); only a slice of
@@ -174,7 +177,7 @@ class Arena:
         Raises:
             PlatformError: not even 64 MiB could be had (or ``nbytes``, if that is less).
         """
-        wanted = -(-nbytes // PAGE_NBYTES) * PAGE_NBYTES
+        wanted = min(-(-nbytes // PAGE_NBYTES) * PAGE_NBYTES, _MOST_NBYTES)
         while True:
             try:
                 return cls._create(wanted)
@@ -221,7 +224,7 @@ class Arena:
         """
         if self.memory is None:
             raise ValueError("the arena was closed")
-        guard = Guard.from_address(self.address + offset)
+        guard: Guard = Guard.from_address(self.address + offset)
         guard.mapping = self.memory.obj
         return guard
 

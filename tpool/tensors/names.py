@@ -20,9 +20,9 @@ __all__ = [
     "CodeNames",
     "annotated_names",
     "importable",
-    "is_builtin_type",
     "is_class",
     "is_function",
+    "is_python_class",
     "lookup",
     "main_namespace",
     "of_main",
@@ -31,6 +31,10 @@ __all__ = [
 
 MAIN = frozenset({"__main__", "__mp_main__"})
 """Modules that no other process can import by name (the second is what ``multiprocessing`` calls its copy)."""
+
+# Bits of a type's __flags__ (CPython's Include/object.h). A type that C code made is not on the heap, or immutable.
+_HEAP_TYPE = 1 << 9
+_IMMUTABLE_TYPE = 1 << 8
 
 MISSING = object()
 """What a name that does not exist is bound to."""
@@ -54,9 +58,9 @@ def is_function(obj: object) -> bool:
     return isinstance(obj, types.FunctionType)
 
 
-def is_builtin_type(obj: object) -> bool:
-    """Whether it is one of the interpreter's own types, which are found only in module ``types``."""
-    return id(obj) in BUILTIN_TYPES
+def is_python_class(obj: Any) -> bool:
+    """Whether it is a class that a ``class`` statement could have made, so that it can be made once more."""
+    return is_class(obj) and obj.__flags__ & (_HEAP_TYPE | _IMMUTABLE_TYPE) == _HEAP_TYPE
 
 
 def of_main(obj: Any) -> bool:

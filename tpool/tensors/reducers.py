@@ -103,14 +103,13 @@ def rebuild_storage(nbytes: int, device: str) -> torch.UntypedStorage:
 
 
 def reduce_typed_storage(storage: Any, sender: Outgoing) -> Reduced:
-    """A ``TypedStorage`` or one of its old children, such as ``FloatStorage``."""
-    untyped = torch_private.untyped_storage(storage)
-    return rebuild_typed_storage, (untyped, type(storage), NAMES[storage.dtype])
+    """A ``TypedStorage``. The old ``FloatStorage`` and its kin are no types of their own: they make one of these."""
+    return rebuild_typed_storage, (torch_private.untyped_storage(storage), NAMES[storage.dtype])
 
 
-def rebuild_typed_storage(storage: torch.UntypedStorage, cls: type, dtype: str) -> Any:
+def rebuild_typed_storage(storage: torch.UntypedStorage, dtype: str) -> Any:
     """A ``TypedStorage`` on an untyped one."""
-    return torch_private.typed_storage(storage, cls, DTYPES[dtype])
+    return torch_private.typed_storage(storage, DTYPES[dtype])
 
 
 _HANDLERS: dict[type, Callable[[Any, Outgoing], Reduced]] = {
@@ -122,6 +121,3 @@ _HANDLERS: dict[type, Callable[[Any, Outgoing], Reduced]] = {
     torch.jit.ScriptFunction: reducers_subclasses.refuse_script_function,
 }
 """By exact type: this is asked for every object of a message, and one look-up must tell that most are not ours."""
-
-# The named classes (FloatStorage …) pickle with their own name.
-_HANDLERS.update({cls: reduce_typed_storage for cls in torch._storage_classes if cls is not torch.UntypedStorage})

@@ -97,9 +97,11 @@ def dense(tensor: torch.Tensor, sender: Outgoing) -> Content:
     dtype = NAMES[tensor.dtype]
     nbytes = storage.nbytes()
     if tensor.is_contiguous() and nbytes == tensor.nbytes and nbytes and tensor.is_cpu:
-        index = sender.place(storage, tensor)
-        if index is not None:
-            return whole_tensor, (index, dtype, *tensor.shape)
+        size = tensor.shape
+        if 1 not in size:  # a dimension of 1 may have any stride
+            index = sender.place(storage, tensor)
+            if index is not None:
+                return whole_tensor, (index, dtype, *size)
     return _dense_view(tensor, storage, dtype, sender)
 
 

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from tpool.errors import TransportError
 from tpool.tensors.byvalue import fill_class, reduce_class, reduce_here
-from tpool.tensors.names import CodeNames, importable, is_builtin_type, is_class, lookup, main_namespace, reachable
+from tpool.tensors.names import CodeNames, importable, is_python_class, lookup, main_namespace, reachable
 from tpool.tensors.payload import DefinitionId
 
 __all__ = ["BIND", "DEFINE", "FILL", "LACK", "Registry", "Unsendable", "definition", "inherited"]
@@ -110,6 +110,6 @@ class Registry:
         qualname = reachable(self.baseline, obj, name) if self.baseline else None
         if qualname is not None:
             return inherited, (qualname,)
-        if is_class(obj) and not is_builtin_type(obj):
+        if is_python_class(obj):
             return reduce_class(obj)
         return reduce_here(obj, message.copies, self.names)

@@ -182,11 +182,9 @@ def swap_data(storage: torch.UntypedStorage, other: torch.UntypedStorage) -> Non
     storage._swap_data_ptr_(other)  # type: ignore[attr-defined]
 
 
-def typed_storage(storage: torch.UntypedStorage, cls: type, dtype: torch.dtype) -> Any:
-    """A ``TypedStorage`` (or one of its old named children) on this storage, without the deprecation warning."""
-    if cls is torch.TypedStorage:
-        return _Typed(wrap_storage=storage, dtype=dtype, _internal=True)
-    return cls(wrap_storage=storage, _internal=True)
+def typed_storage(storage: torch.UntypedStorage, dtype: torch.dtype) -> Any:
+    """A ``TypedStorage`` on this storage, without the deprecation warning."""
+    return _Typed(wrap_storage=storage, dtype=dtype, _internal=True)
 
 
 def untyped_storage(storage: Any) -> torch.UntypedStorage:
