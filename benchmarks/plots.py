@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,13 @@ def draw(results: Results, out: Path) -> list[Path]:
         The files written; none without matplotlib.
     """
     try:
-        import matplotlib
+        matplotlib: Any = importlib.import_module("matplotlib")
     except ImportError:
         return []
     matplotlib.use("Agg")
     drawn = []
     for name, plot in _PLOTS.items():
-        from matplotlib import pyplot
+        pyplot: Any = importlib.import_module("matplotlib.pyplot")
 
         figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
         if plot(results, axes):

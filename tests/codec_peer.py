@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
-import os
 import pickle
 import random
 import socket
@@ -135,7 +134,7 @@ class Peering:
             kind: name of a kind, against whose ``make`` the child checks what arrives; "" for none.
             payload: of it.
             sharing, can_swap: of the child's own codec.
-            act: a function of this module (``act_…``) that makes the child's answer out of what arrived.
+            act: a name in ``ACTS``: what the child answers.
 
         Raises:
             Far: the child raised.
@@ -258,12 +257,12 @@ def _fresh(obj: Any, keep: list[Any]) -> Any:
     return torch.full((obj,), float(random.Random(obj).randrange(100)))
 
 
-def _names(obj: Any, keep: list[Any]) -> Any:
-    return sorted(os.listdir("/dev/shm"))
+def _stack(obj: Any, keep: list[Any]) -> Any:
+    return torch.stack(obj)
 
 
 ACTS = {
     name.removeprefix("_"): value
     for name, value in list(globals().items())
-    if name in ("_echo", "_nothing", "_write", "_keep", "_kept", "_forget", "_count", "_fresh", "_names")
+    if name in ("_echo", "_nothing", "_write", "_keep", "_kept", "_forget", "_count", "_fresh", "_stack")
 }

@@ -82,7 +82,7 @@ class Snapshot:
         found += [
             f"descriptor {fd} -> {target}"
             for fd, target in _descriptors()
-            if (fd, target) not in self.descriptors and fd not in expected
+            if (fd, target) not in self.descriptors and fd not in expected and fd > 2
         ]
         return found + [f"/dev/shm/{name}" for name in _shm_names() if name not in self.shm]
 

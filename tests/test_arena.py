@@ -332,9 +332,9 @@ class Anything(RuleBasedStateMachine):
 
     @rule(order=st.randoms(use_true_random=False))
     def replace_the_owner(self, order) -> None:  # type: ignore[no-untyped-def]
-        self.allocator = Allocator(self.arena, self.ledger, 0)
         blocks = list(self.live.items())
-        order.shuffle(blocks)
+        order.shuffle(blocks)  # draws, and may end the example: before anything is changed
+        self.allocator = Allocator(self.arena, self.ledger, 0)
         for block in blocks:
             self.allocator.reserve(*block)
         self.allocator.adopt()

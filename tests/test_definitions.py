@@ -578,8 +578,8 @@ def test_classes_of_many_kinds(run):
         class A: pass
         class B: friend = A
         A.friend = B
-        assert call(lambda: A.friend.friend is A and B.friend is A)
         A.myself = A()
+        assert call(lambda: A.friend.friend is A and B.friend is A)
         assert call(lambda: type(A.myself) is A)
 
         @dataclasses.dataclass

@@ -28,6 +28,9 @@ DEADLINE = 30
 def pool(request):
     """One pool of two workers for all tests that leave it as they found it."""
     with tpool.Pool(2, context=request.param) as pool:
+        # Everything that a pool starts in its time is there before the first test looks.
+        wait_until(lambda: len(set(pool.map(tasks.get_pid, range(20), chunksize=1))) == 2, DEADLINE)
+        pool.apply_async(tasks.identity, (1,), callback=str).wait(DEADLINE)
         yield pool
 
 
@@ -142,7 +145,7 @@ def test_input_is_drawn_only_as_results_are_consumed(pool):
     assert [next(iterator) for _ in range(100)] == [2 * x for x in range(100)]
     del iterator
     slow = itertools.count()
-    iterator = pool.imap(functools.partial(tasks.sleep, 0.01) if False else tasks.identity, slow, buffersize=3)
+    iterator = pool.imap(tasks.identity, slow, buffersize=3)
     next(iterator)
     wait_until(lambda: next(slow) >= 4, DEADLINE)  # counts our own looks too: at most 4 were drawn
     assert next(slow) <= 10
@@ -297,9 +300,13 @@ def test_terminate_gives_every_waiting_call_an_end(method):
     for result in [*results, mapped]:
         with pytest.raises(tpool.PoolTerminatedError):
             result.get(DEADLINE)
-    with pytest.raises(tpool.PoolTerminatedError):
-        stream.next(timeout=DEADLINE)
-    assert next(stream, "end") == "end"
+    outcomes = []
+    while outcomes[-1:] != ["end"]:
+        try:
+            outcomes.append(next(stream, "end"))
+        except tpool.PoolTerminatedError:
+            outcomes.append("terminated")
+    assert outcomes[0] == "terminated"
 
 
 def test_a_pool_dropped_while_running_warns_and_ends():
@@ -381,7 +388,7 @@ def test_multiprocessing_objects_in_initargs(method):
     objects = (context.Lock(), context.Event(), context.Queue(), context.Value("i", 0), 2)
     with tpool.Pool(2, tasks.use_mp_objects, objects, context=method) as pool:
         result = pool.map_async(tasks.talk, range(4), chunksize=1)
-        assert sorted(objects[2].get(timeout=DEADLINE) for _ in range(2)) is not None
+        assert sorted(objects[2].get(timeout=DEADLINE) for _ in range(2)) == [0, 1]
         objects[1].set()
         assert result.get(DEADLINE) == [True] * 4
         assert objects[3].value == 4
@@ -433,10 +440,12 @@ def test_a_retired_worker_collects_its_garbage(method, tmp_path):
         wait_until(end.exists, DEADLINE)
 
 
+@pytest.mark.leaves("the worker's own zygote stays for ten seconds")
 def test_a_task_may_make_its_own_pool(pool):
     assert pool.apply(tasks.use_nested_pool, ([1, 2, 3],)) == [2, 4, 6]
 
 
+@pytest.mark.leaves("the worker's own zygote stays for ten seconds")
 def test_tensors_pass_through_nested_pools(pool):
     assert torch.equal(pool.apply(tasks.nested_tensor, (7,)), tasks.make_tensor(7))
     tensor = torch.zeros(10_000)

@@ -372,6 +372,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             job.queue.clear()
         for worker in self.workers.values():
             worker.held.clear()
+            worker.started = 0
         return [("failed", key, cause) for key in self.unresolved]
 
     # What workers, the engine and the clock do ----------------------------------------------------------------------

@@ -42,6 +42,7 @@ class Stream:
         self._as_arrived: deque[Result] = deque()  # of an unordered one
         self._next = 0
         self._length: int | None = None
+        self._over = False  # its end was told
         self._end: Failure | SharedFailure | None = None
         self._news = threading.Condition(threading.Lock())
         self._consumers_waiting = 0
@@ -84,7 +85,7 @@ class Stream:
                     result = self._pop()
                     if result is not None:
                         return result
-                    if self._length is not None and self.consumed >= self._length:
+                    if self._over or (self._length is not None and self.consumed >= self._length):
                         raise StopIteration
                     if self._end is not None:
                         return self._last_failure()
@@ -99,7 +100,7 @@ class Stream:
         """The pool ended: say so once, then the stream is over."""
         failure = self._end
         assert failure is not None
-        self._length = self.consumed + 1
+        self._over = True
         return failure
 
     # The producer's side --------------------------------------------------------------------------------------------

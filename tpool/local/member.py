@@ -258,6 +258,7 @@ class Member:
         if received.blocks or type(received.data) is not bytes:
             self._traffic.moved_nbytes += wire.moved_nbytes(received)
         result = LocalResult(status == Status.ERROR, received, text, seconds, self._memory.codec)
+        self._memory.release_foreign()
         return JobId(job), index, result, seconds
 
     def _unpack(self, frame: Frame, position: int) -> Received:

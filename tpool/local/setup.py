@@ -147,7 +147,7 @@ class PoolMemory:
         return pickle.dumps(hello), fds if tracker_fd is None else (*fds, tracker_fd)
 
     def attach(self, arena_id: int, fds: list[int]) -> None:
-        """Map an arena that a worker made: its nested pool's, of which it sends us a block."""
+        """Map an arena that a worker made, its nested pool's; a block of it comes with the worker's next result."""
         fd = fds.pop()
         if self.table.arena(arena_id) is not None:
             os.close(fd)
@@ -155,6 +155,11 @@ class PoolMemory:
         arena = Arena.attach(fd, arena_id)
         self._foreign.append(arena)
         self.table.add(arena)
+
+    def release_foreign(self) -> None:
+        """A result has come: what it needed of foreign arenas is leased now, and keeps them as long as it lives."""
+        while self._foreign:
+            self.table.remove(self._foreign.pop())
 
     def close(self) -> None:
         """The pool has ended. Blocks that the caller still uses stay mapped as long as it does."""

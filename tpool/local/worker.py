@@ -340,11 +340,10 @@ class Worker:
     def _reply(self, kind: Kind, head: bytes, payload: Payload) -> None:
         blocks = wire.all_blocks(payload)
         if blocks:
-            for block in blocks:
-                if block.arena.id not in self._known_arenas:
-                    # A nested pool's arena: the parent maps it once.
-                    self._known_arenas.add(block.arena.id)
-                    self._channel.put(Kind.ARENA, wire.pack_id(block.arena.id), (block.arena.fd,))
+            for arena in {block.arena for block in blocks}:
+                if arena.id not in self._known_arenas:
+                    # A nested pool's arena: the parent maps it for as long as it uses a block of it.
+                    self._channel.put(Kind.ARENA, wire.pack_id(arena.id), (arena.fd,))
             self._table.lend(blocks, self._parent)
             blocks.clear()
         self._channel.put(kind, head + wire.pack_payload(payload), tuple(payload.fds))

@@ -54,7 +54,7 @@ Reduced = tuple[Any, ...]
 
 
 def reduce_here(obj: Any, copies: dict[int, dict[str, Any]], names: CodeNames) -> Any:
-    """By value, or NotImplemented: a function, a type of the interpreter's, or an object that else pickles only by name.
+    """By value: a function, a type of the interpreter's, or what else pickles only by name; or NotImplemented.
 
     Args:
         obj: which.

@@ -60,6 +60,8 @@ def move_storage(storage: torch.UntypedStorage, block: Block, tensor: torch.Tens
         torch_private.swap_data(storage, old)
         if not unknown:
             setattr(storage, _PARKED, (old, getattr(storage, _PARKED, None)))
+        # Whoever waits for this lock, or makes a new one, finds the storage moved. Kept, it would cost 300 bytes.
+        vars(storage).pop(_lock_name(), None)
         return block
 
 
@@ -89,7 +91,11 @@ def _moving(storage: torch.UntypedStorage) -> threading.Lock:
     atomic.
     """
     attributes: dict[str, threading.Lock] = vars(storage)
-    return attributes.setdefault(f"_tpool_moving_{os.getpid()}", threading.Lock())
+    return attributes.setdefault(_lock_name(), threading.Lock())
+
+
+def _lock_name() -> str:
+    return f"_tpool_moving_{os.getpid()}"
 
 
 class ParkingLot:
