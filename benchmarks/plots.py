@@ -22,10 +22,9 @@ def draw(results: Results, out: Path) -> list[Path]:
     except ImportError:
         return []
     matplotlib.use("Agg")
+    pyplot: Any = importlib.import_module("matplotlib.pyplot")
     drawn = []
     for name, plot in _PLOTS.items():
-        pyplot: Any = importlib.import_module("matplotlib.pyplot")
-
         figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
         if plot(results, axes):
             axes.legend(fontsize="small")

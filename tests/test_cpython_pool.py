@@ -48,7 +48,7 @@ def test_cpython_tests_are_found(start_method: str) -> None:
     assert {"TestPool", "TestPoolWorkerErrors", "TestPoolWorkerLifetime", "TestInitializers"} <= {
         title.partition("Processes")[0] for title in CASES[start_method]
     }
-    assert sum(callable(getattr(case, name)) for case in run for name in dir(case) if name.startswith("test")) >= 30
+    assert sum(callable(getattr(case, name)) for case in run for name in dir(case) if name.startswith("test")) >= 25
 
 
 def test_each_left_out_test_has_its_twin() -> None:

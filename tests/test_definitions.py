@@ -13,7 +13,7 @@ from bare_worker import ScriptServer, make_memory, received
 
 from tpool.errors import TransportError
 from tpool.tensors.definitions import Definitions
-from tpool.tensors.leases import table
+from tpool.tensors.leases import Memory, table
 from tpool.tensors.names import CodeNames, importable, lookup, reachable
 from tpool.tensors.pickler import Codec
 from tpool.tensors.registry import Registry, Unsendable, definition, inherited
@@ -881,7 +881,7 @@ def test_dynamic_classes_go_by_id_too(run):
 def test_a_name_bound_again_and_again_does_not_pile_up(run):
     run("""
         import torch
-        from tpool.tensors.leases import table
+        from tpool.tensors.leases import Memory, table
         data = None
         def total(): return float(data.sum())
         assert call(lambda: data) is None
@@ -1044,7 +1044,8 @@ def test_where_things_are_found():
     assert not importable(3)
     assert lookup(space, "C.exists") is Path.exists
     assert reachable(space, Path) is None
-    assert CodeNames().globals_of(run_python) == ("Path", "__file__", "subprocess", "sys", "str", "Path")
+    assert CodeNames().globals_of(retire) == ("table",)
+    assert CodeNames().globals_of(retire_annotated) == ("table", "Memory")
     assert Registry().resolve.__self__ is not None
 
 
@@ -1067,5 +1068,10 @@ class main_module:  # noqa: N801
         sys.modules["__main__"] = self._before
 
 
-def retire(memory) -> None:
+def retire(memory):
+    table().allocator(memory.arena).ledger.close()
+    table().remove(memory.arena)
+
+
+def retire_annotated(memory: Memory) -> None:
     table().remove(memory.arena)

@@ -397,6 +397,19 @@ class TestRecall:
         assert order == sorted(order)
         assert order[0] == 2
 
+    def test_tasks_that_a_worker_held_out_of_order_go_to_their_places_too(self) -> None:
+        world = World(2)
+        world.learn(7, FAST)
+        world.submit(7, 39)
+        assert world.held[0][0].index == 1
+        assert world.held[1][0].index > 1
+        world.exit(0, unstarted=len(world.held[0]) - 1)
+        held = [task.index for task in world.held[1]]
+        assert held != sorted(held)
+        world.exit(1, unstarted=len(held) - 1)  # The scheduler's own check() sees that the queue is in order.
+        world.ready(2)
+        assert [task.index for task in world.held[2]][:2] == [2, 3]
+
     def test_recalled_tasks_of_a_cancelled_job_are_dropped(self) -> None:
         world = self.stuck()
         world.cancel(7)

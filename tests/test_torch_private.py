@@ -159,17 +159,18 @@ def test_views_count() -> None:
     views = [tensor[i:] for i in range(3)]
     assert torch_private.storage_uses(tensor.untyped_storage()) == torch_private.sole_storage_uses(4)
     assert not torch_private.only_owner(tensor.untyped_storage(), tensor)
-    assert all(torch_private.known_to_python(view) for view in views)
+    assert torch_private.known_to_python([tensor, *views])
+    assert not torch_private.known_to_python([tensor, *views[1:]])
 
 
 @needs_swap
 def test_an_export_by_dlpack_shows_on_the_tensor() -> None:
     tensor = torch.zeros(4)
     array = np.from_dlpack(tensor)
-    assert not torch_private.known_to_python(tensor)
+    assert not torch_private.known_to_python([tensor])
     assert not torch_private.only_owner(tensor.untyped_storage(), tensor)
     del array
-    assert torch_private.known_to_python(tensor)
+    assert torch_private.known_to_python([tensor])
     assert torch_private.tensor_uses(tensor) == torch_private.tensor_uses(torch.zeros(1))
 
 
@@ -184,7 +185,7 @@ def test_an_exported_view_that_is_gone_still_shows_among_the_objects_of_the_garb
         if type(t) is torch.Tensor and torch_private.storage_id(t) == base.untyped_storage()._cdata
     ]
     counted = torch_private.storage_uses(base.untyped_storage()) == torch_private.sole_storage_uses(len(tensors))
-    assert not (counted and all(torch_private.known_to_python(t) for t in tensors))
+    assert not (counted and torch_private.known_to_python(tensors))
     del array
 
 

@@ -190,13 +190,15 @@ class Dispatcher:
         job.queued.extend(tasks)
 
     def put_back(self, job: Job, tasks: list[Task]) -> None:
-        """Put tasks that came back, in order of index, in their places in the job's queue."""
+        """Put tasks that came back in their places in the job's queue."""
         queued = job.queued
         if not queued:
             self._ring.append(job)
-        # Only tasks that came back before, from another worker, can belong in front of these.
+        # Only tasks that came back before can belong in front of these. They need not be in order themselves: their
+        # worker may have been sent later tasks first, and then earlier ones that had come back from another.
+        last = max(task.index for task in tasks)
         returned = list(tasks)
-        while queued and queued[0].index < tasks[-1].index:
+        while queued and queued[0].index < last:
             returned.append(queued.popleft())
         returned.sort(key=lambda task: task.index, reverse=True)
         queued.extendleft(returned)

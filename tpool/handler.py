@@ -84,6 +84,7 @@ class Handler:
         self._job_ids = itertools.count(1)
         self._asleep = False
         self._followups: deque[Event] = deque()
+        self._begun = threading.Event()
         self._ended = threading.Event()
         self._last_words: Failure | SharedFailure | None = None  # what tasks without an outcome get, once known
         self.error: Failure | SharedFailure | None = None  # why the pool ended by itself
@@ -107,9 +108,13 @@ class Handler:
     # Any thread -----------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the thread; called once."""
+        """Start the thread; called once. Returns when the first workers have been asked for.
+
+        A fork inherits the state of the moment the pool is made, so it must not happen later.
+        """
         atexit.register(self._at_exit)
         self._thread.start()
+        self._begun.wait()
 
     def open_job(self, sink: Sink, mode: int, function: Encoded | None = None, batch: int = 1) -> JobId:
         """Make a job known, before its tasks."""
@@ -166,6 +171,7 @@ class Handler:
     def _run(self) -> None:
         try:
             self._carry_out(self._scheduler.begin())
+            self._begun.set()
             while not self._ended.is_set():
                 self._take_inbox()
                 self._take_events()
@@ -219,6 +225,7 @@ class Handler:
         table = self._actions
         for action in actions:
             table[type(action)](action)
+        actions.clear()  # the scheduler keeps the list; payloads and results must not wait for its next event
 
     # Actions --------------------------------------------------------------------------------------------------------
 
@@ -280,6 +287,7 @@ class Handler:
         try:
             self.engine.close()
         finally:
+            self._begun.set()
             self._conclude(self.error)
 
     def _conclude(self, failure: Failure | SharedFailure) -> None:

@@ -15,9 +15,11 @@ import warnings
 import zlib
 
 from . import procs
-from .script import Env, Role, case, main, mark, nap, role, square
+from .script import SLACK, Env, Role, case, main, mark, nap, role, square
 
 BUSY = 3
+# For a child that the user forked to end.
+CHILD_DEADLINE = 12.0
 
 
 def spin_in_c():
@@ -78,9 +80,9 @@ def parent_terminated(env: Env):
 
 @case(4, "the parent is SIGKILLed while the pool starts", deadline=60, spawn=True)
 def parent_killed_starting(env: Env):
-    for delay in (0.02, 0.3, 1.0):
+    for number, delay in enumerate((0.02, 0.3, 1.0)):
         started = env.role("starting")
-        env.wait_for("ready", 1)
+        env.wait_for("ready", number + 1)
         procs.wait_until(lambda: started.popen.poll() is not None, delay)
         os.kill(started.pid, signal.SIGKILL)
         started.wait(5)
@@ -145,7 +147,7 @@ def ends_well(env: Env, name, status, tracebacks, seconds=1.0):
     assert printed.count("Traceback (most recent") == tracebacks, printed
     assert not env.is_tpool or "Exception ignored" not in printed, printed
     started.assert_all_gone()
-    assert took < seconds * 3, f"the interpreter took {took:.1f} s to end"
+    assert took < seconds * SLACK, f"the interpreter took {took:.1f} s to end"
 
 
 @case(4, "the interpreter ends with a live idle pool", deadline=60, spawn=True)
@@ -181,7 +183,7 @@ def interrupted(env: Env):
 
 @role
 def interrupted_with(env: Env):
-    with contextlib.closing(env.pool(2)) if not env.is_tpool else env.pool(2) as pool:
+    with env.pool(2) as pool:
         env.worker_pids(pool)
         mark("ready")
         pool.map(nap, [5] * 8)
@@ -194,21 +196,28 @@ def ctrl_c(env: Env, started: Role):
     return time.monotonic()
 
 
+def interrupts(env: Env, name: str):
+    started = ready(env, name)
+    begin = ctrl_c(env, started)
+    status = started.wait(15)
+    took = time.monotonic() - begin
+    printed = started.stderr()
+    assert status in (-signal.SIGINT, 130, 1), f"status {status}"
+    assert printed.count("Traceback (most recent") == 1, f"{printed.count('Traceback')} tracebacks: {printed[-800:]}"
+    assert "KeyboardInterrupt" in printed, printed
+    started.assert_all_gone()
+    env.note(f"ended after {took:.2f} s")
+    assert took < 1 * SLACK, f"took {took:.1f} s"
+
+
 @case(4, "Ctrl-C in `map` of a script: one traceback, prompt", deadline=60, spawn=True)
 def ctrl_c_script(env: Env):
-    for name in ("interrupted", "interrupted_with"):
-        started = ready(env, name)
-        begin = ctrl_c(env, started)
-        status = started.wait(15)
-        took = time.monotonic() - begin
-        printed = started.stderr()
-        assert status in (-signal.SIGINT, 130, 1), f"status {status}"
-        assert printed.count("Traceback (most recent") == 1, (
-            f"{printed.count('Traceback')} tracebacks: {printed[-800:]}"
-        )
-        assert "KeyboardInterrupt" in printed, printed
-        started.assert_all_gone()
-        assert took < 3, f"took {took:.1f} s"
+    interrupts(env, "interrupted")
+
+
+@case(4, "Ctrl-C in `map` inside a `with` block: one traceback, prompt", deadline=60, needs="terminate")
+def ctrl_c_with(env: Env):
+    interrupts(env, "interrupted_with")
 
 
 @role
@@ -322,7 +331,7 @@ def maker_thread_ends(env: Env):
 # fork by the user --------------------------------------------------------------------------------------------------
 
 
-def wait_child(pid, seconds=10):
+def wait_child(pid, seconds=CHILD_DEADLINE):
     """The exit status of a child of ours, which must end in time."""
     status = []
 
@@ -435,7 +444,7 @@ def tensors_in_child(env: Env):
     def look():
         os.read(go[0], 1)
         for value, tensor in enumerate(received + sent):
-            right = int((tensor == value).sum())
+            right = int((tensor.numpy() == value).sum())  # by numpy: OpenMP, used before a fork, hangs after it
             assert right == 1_000_000, f"tensor {value}: only {right} elements are intact"
 
     child = in_child(look)

@@ -27,7 +27,7 @@ from typing import Any
 
 from . import procs
 from .adapters import ADAPTERS
-from .script import CASES, METHODS, SLACK, Case
+from .script import CASES, EXIT_DEADLINE, METHODS, SLACK, Case
 
 MODULES = (
     "cases_workers",
@@ -222,7 +222,7 @@ class _Interpreter:
             time.sleep(0.02)
             if leaving is None and '"leaving"' in self._text(self.report)[-100:]:
                 leaving = time.monotonic()
-            if time.monotonic() > (end if leaving is None else min(end, leaving + 10)):
+            if time.monotonic() > (end if leaving is None else min(end, leaving + EXIT_DEADLINE * SLACK + 5)):
                 popen.send_signal(signal.SIGKILL)
                 popen.wait()
                 return True
@@ -273,8 +273,10 @@ class _Interpreter:
             return [Outcome(batch.pool, batch.method, self.names[0], "fail", reason)]
         last = outcomes[-1]
         if last.case in ends and last.outcome == "pass" and len(ends) == len(self.names) and (hung or returncode):
-            last.outcome = "hang" if hung else "fail"
+            dump = self._text(self.directory / "dump")
+            last.outcome = "hang" if hung or dump else "fail"
             last.reason = f"at the interpreter's end, status {returncode}"
+            last.notes.append(dump)
         return outcomes
 
     def _judge_output(self, outcome: Outcome, said: str) -> None:

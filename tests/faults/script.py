@@ -33,6 +33,8 @@ METHODS = ("forkserver", "fork", "spawn")
 # Descriptors that a first pool may leave for good (helpers of the process), and the noise of a later one.
 FD_ALLOWANCE_FIRST, FD_ALLOWANCE = 8, 2
 SHARED_PROCESSES = 2
+# For the interpreter to end, after its last case.
+EXIT_DEADLINE = 5.0
 
 
 class NotPossible(Exception):
@@ -505,3 +507,6 @@ def main() -> None:
     if env._shared is not None:
         env.end(env._shared)
     _report(event="leaving")
+    # Until the very end, so that it tells where an interpreter hangs that should be gone.
+    dump = open(Path(os.environ["FAULTS_DIR"]) / "dump", "w")  # noqa: SIM115
+    faulthandler.dump_traceback_later(EXIT_DEADLINE * SLACK, exit=True, file=dump)

@@ -162,39 +162,35 @@ class Definitions:
 
     def _define(self, obj: Any, name: str | None, open_group: Callable[[Any], GroupPickler]) -> Known:
         with self._lock:
-            known = self._catalogue.definitions.get(id(obj))
-            if known is None:
-                writer = GroupWriter(self._catalogue, open_group)
-                writer.define(obj, name)
-                self._commit(writer)
-                known = self._catalogue.definitions[id(obj)]
-        return known
+            if id(obj) not in self._catalogue.definitions:
+                self._write(open_group, lambda writer: writer.define(obj, name))
+            return self._catalogue.definitions[id(obj)]
 
     def _mention(self, names: tuple[str, ...], open_group: Callable[[Any], GroupPickler]) -> GroupId:
         """A group that has no definitions, for a function that travels in the stream and mentions names."""
         gid = self._mentions.get(names)
         if gid is None:
             with self._lock:
-                writer = GroupWriter(self._catalogue, open_group)
-                writer.bind_all(names)
-                gid = self._mentions[names] = self._commit(writer)
+                gid = self._mentions[names] = self._write(open_group, lambda writer: writer.bind_all(names))
         return gid
+
+    def _write(self, open_group: Callable[[Any], GroupPickler], fill: Callable[[GroupWriter], None]) -> GroupId:
+        writer = GroupWriter(self._catalogue, open_group)
+        try:
+            fill(writer)
+            return self._commit(writer)
+        finally:
+            writer.close()
 
     def _renew(self, roots: frozenset[GroupId], open_group: Callable[[Any], GroupPickler]) -> _Closure:
         while True:
             groups, names = self._reach(roots)
-            space = main_namespace()
+            space, is_current = main_namespace(), self._catalogue.is_current
             values = tuple(space.get(name, MISSING) for name in names)
-            stale = [
-                n
-                for n, v in zip(names, values, strict=True)
-                if v is not MISSING and not self._catalogue.is_current(n, v)
-            ]
+            stale = [n for n, v in zip(names, values, strict=True) if v is not MISSING and not is_current(n, v)]
             if not stale:
                 break
-            writer = GroupWriter(self._catalogue, open_group)
-            writer.bind_all(stale)
-            self._commit(writer)
+            self._write(open_group, lambda writer, stale=stale: writer.bind_all(stale))  # type: ignore[misc]
         if len(self._closures) >= _MAX_CLOSURES:
             self._closures.clear()
         closure = self._closures[roots] = _Closure(tuple(sorted(groups)), tuple(names), values)
@@ -232,16 +228,20 @@ class Definitions:
             old = self._catalogue.bindings.get(name)
             self._catalogue.bindings[name] = Binding(value, gid)
             if old is not None:
-                self._supersede(self._groups[old.group], gid)
+                self._supersede(old.group, gid)
         return gid
 
-    def _supersede(self, group: _Group, successor: GroupId) -> None:
+    def _supersede(self, gid: GroupId, successor: GroupId) -> None:
         """One binding of a group is no longer current: without any, its memory is given back.
 
         Else a caller that binds a big tensor to the same name again and again would keep each of them.
         """
+        self._closures.clear()  # they hold the old value too
+        group = self._groups[gid]
         group.bound -= 1
         group.successors |= {successor}
         if not group.bound and not group.defines:
-            group.requires |= group.successors
+            group.requires = group.successors
             group.payload = None
+            # What was required for the sake of the order alone would make an endless chain.
+            self._groups[successor].requires -= {gid}

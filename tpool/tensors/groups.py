@@ -35,6 +35,10 @@ class GroupPickler(Protocol):
         """All units; None if there are none."""
         ...
 
+    def close(self) -> None:
+        """Let go of everything but the finished payload."""
+        ...
+
 
 class GroupWriter:
     """Puts definitions and bindings into one group, in an order in which they can be rebuilt.
@@ -69,6 +73,11 @@ class GroupWriter:
         while self._hooks:
             self._fill(*self._hooks.pop(0))
         return self._pickler.finish()
+
+    def close(self) -> None:
+        """Let go of all that was pickled; the payload has what it needs."""
+        self._pickler.close()
+        del self._pickler
 
     def define(self, obj: Any, name: str | None = None) -> None:
         """Make sure that a definition exists, with all that it mentions."""
@@ -126,6 +135,9 @@ class GroupWriter:
 
     def _complete_class(self, cls: type) -> None:
         methods, others, hooks = class_attributes(cls)
+        if not methods.keys().isdisjoint(_REBUILDERS):
+            # Rebuilding an instance among its own attributes runs these, and they may look at others of them.
+            self._fill(cls, {name: _provisional(value) for name, value in others.items()})
         self._fill(cls, methods)
         self.bind_all(annotated_names(cls))
         self._fill(cls, others)
@@ -186,6 +198,17 @@ class GroupWriter:
             for obj, name in needs:
                 self.define(obj, name)
         self.bind_all(mentioned)
+
+
+_REBUILDERS = ("__new__", "__init__", "__setstate__")
+
+
+def _provisional(value: object) -> object:
+    """What an attribute is until it can be rebuilt."""
+    kind = type(value)
+    if kind in (list, dict, set):
+        return kind()
+    return value if kind in (bool, int, float, str, bytes) else None
 
 
 def _reason(error: Exception) -> str:

@@ -17,7 +17,7 @@ import ctypes
 import gc
 import os
 import threading
-from collections import Counter
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,7 +27,7 @@ from tpool.tensors import leases, torch_private
 if TYPE_CHECKING:
     from tpool.tensors.leases import Block
 
-__all__ = ["ParkingLot", "copy_bytes", "lies_in", "move_storage"]
+__all__ = ["ParkingLot", "copy_bytes", "known_to_tensors_alone", "lies_in", "move_storage"]
 
 # Old memory that stays parked until somebody looks closer who knows it. A look costs 30-60 ms (it asks the garbage
 # collector for all tensors), as much as moving this many bytes into memory that is not warm; smaller, and messages
@@ -119,29 +119,35 @@ class ParkingLot:
         self._nbytes += storage.nbytes()
         if self._nbytes >= PARKED_LIMIT_NBYTES:
             storages, self._storages, self._nbytes = self._storages, [], 0
-            _free_parked(storages)
+            alone = known_to_tensors_alone(storages)
+            for parked in storages:
+                if parked._cdata in alone:
+                    delattr(parked, _PARKED)
 
 
-def _free_parked(storages: list[torch.UntypedStorage]) -> None:
-    """Free the parked memory of those storages that are known to Python tensors alone.
+def known_to_tensors_alone(storages: Iterable[torch.UntypedStorage]) -> set[int]:
+    """Those of the storages (by ``_cdata``) that only tensors hold which only Python holds.
 
-    A tensor made or gone while we count only makes the counts differ, which leaves the memory parked.
+    Asks the garbage collector for all tensors. Each holds its storage once, and a view holds the tensor it was made
+    from; whatever the counters show beyond that may be an export. A tensor made or gone while we count makes them
+    differ as well, so an error is on the safe side.
     """
-    tensors: Counter[int] = Counter()
-    exported: set[int] = set()
-    for candidate in gc.get_objects():
-        # type() and not isinstance(), which would ask the object, and so run whatever code it likes.
-        if not issubclass(type(candidate), torch.Tensor):
-            continue
-        try:
-            key = torch_private.storage_id(candidate)
-        except (RuntimeError, NotImplementedError):  # a kind without a storage
-            continue
-        tensors[key] += 1
-        if not torch_private.known_to_python(candidate):
-            exported.add(key)
-    for storage in storages:
-        key = storage._cdata
-        uses = torch_private.sole_storage_uses(tensors[key])
-        if key not in exported and torch_private.storage_uses(storage) == uses:
-            delattr(storage, _PARKED)
+    wanted = {storage._cdata: storage for storage in storages}
+    tensors: dict[int, list[torch.Tensor]] = {key: [] for key in wanted}
+    with torch_private.no_torch_function():
+        for candidate in gc.get_objects():
+            # type() and not isinstance(), which would ask the object, and so run whatever code it likes.
+            if not issubclass(type(candidate), torch.Tensor):
+                continue
+            try:
+                key = torch_private.storage_id(candidate)
+            except (RuntimeError, NotImplementedError):  # a kind without a storage
+                continue
+            if key in wanted:
+                tensors[key].append(candidate)
+        return {
+            key
+            for key, found in tensors.items()
+            if torch_private.storage_uses(wanted[key]) == torch_private.sole_storage_uses(len(found))
+            and torch_private.known_to_python(found)
+        }

@@ -281,6 +281,7 @@ class _GroupPickler:
 
     def __init__(self, codec: Codec, rules: Any) -> None:
         outgoing = _WholeStorages(codec.memory, codec.sharing)
+        self._finished = False
         self._message = _Message(codec, outgoing)
         self._message.marked = True  # not for pickle.loads: there are many units in the stream
         self._pickler = codec.new_pickler(self._message, rules, _InheritingPickler)
@@ -313,7 +314,16 @@ class _GroupPickler:
 
     def finish(self) -> Payload | None:
         """All units; None if there are none."""
-        return self._message.payload() if self._message.chunks else None
+        payload = self._message.payload() if self._message.chunks else None
+        self._finished = True
+        return payload
+
+    def close(self) -> None:
+        """Let go of everything but the finished payload; also of the cycle of this, its pickler and their user."""
+        if not self._finished:
+            self._message.abandon()
+        self._pickler.clear_memo()
+        del self._pickler
 
 
 class _WholeStorages(Outgoing):

@@ -25,7 +25,7 @@ import torch
 from tpool.errors import UnsupportedTensorError
 from tpool.tensors import torch_private
 from tpool.tensors.arrivals import fd_storage, named_storage
-from tpool.tensors.moving import ParkingLot, copy_bytes, lies_in, move_storage
+from tpool.tensors.moving import ParkingLot, copy_bytes, known_to_tensors_alone, lies_in, move_storage
 
 if TYPE_CHECKING:
     from tpool.tensors.leases import Block, Memory
@@ -199,8 +199,11 @@ class Outgoing:
 
     def _place_without_swap(self, storage: torch.UntypedStorage, tensor: torch.Tensor | None) -> int | None:
         """Older torch frees the memory that it moves: a storage that numpy or DLPack may know stays, and is copied."""
-        exported = tensor is not None and torch_private.COUNTS_USES and not torch_private.known_to_python(tensor)
-        if storage.resizable() and not exported:
+        if storage.resizable() and (
+            not torch_private.COUNTS_USES
+            or torch_private.only_owner(storage, tensor)
+            or known_to_tensors_alone([storage])
+        ):
             return None
         return self._place_copy(storage)
 

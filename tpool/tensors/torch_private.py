@@ -10,6 +10,8 @@ Tested with torch 2.13.
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -166,15 +168,16 @@ def sole_storage_uses(tensors: int) -> int:
     return _SOLE_BARE + tensors * (_SOLE_WITH_TENSOR - _SOLE_BARE)
 
 
-def known_to_python(tensor: torch.Tensor) -> bool:
-    """Whether only Python holds this tensor: no DLPack export and no autograd graph."""
-    return tensor_uses(tensor) == _SOLE_TENSOR
+def known_to_python(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether only Python, and views among these tensors, hold each of them: no DLPack export, no autograd graph."""
+    views = Counter(id(tensor._base) for tensor in tensors)
+    return all(tensor_uses(tensor) == _SOLE_TENSOR + views[id(tensor)] for tensor in tensors)
 
 
 def only_owner(storage: torch.UntypedStorage, tensor: torch.Tensor | None) -> bool:
     """Whether nobody holds the storage but this one Python tensor; or, with None, nobody but its Python object."""
     uses = storage_uses(storage)
-    return uses == _SOLE_BARE if tensor is None else uses == _SOLE_WITH_TENSOR and known_to_python(tensor)
+    return uses == _SOLE_BARE if tensor is None else uses == _SOLE_WITH_TENSOR and tensor_uses(tensor) == _SOLE_TENSOR
 
 
 def swap_data(storage: torch.UntypedStorage, other: torch.UntypedStorage) -> None:
