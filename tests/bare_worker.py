@@ -181,7 +181,7 @@ def work_on(wire: Wire, codec: Codec) -> None:
 
 
 class ScriptServer:
-    """Runs scripts, each as the ``__main__`` of a process of its own, in which ``Caller`` and ``call`` are built in."""
+    """Runs scripts, each as the ``__main__`` of a process of its own, with ``Caller`` and ``call`` built in."""
 
     def __init__(self) -> None:
         environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}

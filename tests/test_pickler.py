@@ -84,7 +84,9 @@ def test_a_plain_stream_is_plain_pickle(codec):
 @pytest.mark.parametrize("nbytes", [INLINE_NBYTES - 100, INLINE_NBYTES + 1, 200_000])
 @pytest.mark.parametrize("kind", [bytes, bytearray, str, list])
 def test_long_streams_lie_in_one_block(codec, kind, nbytes):
-    obj = {bytes: bytes(nbytes), bytearray: bytearray(nbytes), str: "é" * (nbytes // 2), list: [0] * (nbytes // 2)}[kind]
+    obj = {bytes: bytes(nbytes), bytearray: bytearray(nbytes), str: "é" * (nbytes // 2), list: [0] * (nbytes // 2)}[
+        kind
+    ]
     payload = codec.dumps(obj)
     assert isinstance(payload.data, Block) == (nbytes > INLINE_NBYTES)
     assert not payload.blocks
@@ -132,7 +134,9 @@ def test_threads_may_share_a_codec(codec):
 
     def send(n: int) -> None:
         start.wait()
-        results.extend(round_trip(codec, (n, i, torch.full((3,), n), lambda: (n, i)))[2].sum().item() for i in range(50))
+        results.extend(
+            round_trip(codec, (n, i, torch.full((3,), n), lambda: (n, i)))[2].sum().item() for i in range(50)
+        )
 
     threads = [threading.Thread(target=send, args=(n,)) for n in range(4)]
     for thread in threads:
@@ -217,7 +221,7 @@ def arrays_of_many_kinds() -> Iterator[np.ndarray]:
     yield np.ma.masked_array(base, base > 3)
 
 
-@pytest.mark.parametrize("array", arrays_of_many_kinds(), ids=lambda a: f"{a.dtype.str}{a.shape}")
+@pytest.mark.parametrize("array", list(arrays_of_many_kinds()), ids=lambda a: f"{a.dtype.char}{a.shape}")
 def test_arrays(codec, array):
     result = round_trip(codec, array)
     assert result.dtype == array.dtype
@@ -263,7 +267,13 @@ def test_an_array_keeps_its_block(codec, memory):
 
 def test_buffers_and_tensors_keep_their_places(codec):
     """Storages have indices, buffers an order; both lie among the same blocks."""
-    obj = [np.arange(1000), torch.arange(5), np.arange(2000), torch.arange(7), pickle.PickleBuffer(bytearray(b"x" * 5000))]
+    obj = [
+        np.arange(1000),
+        torch.arange(5),
+        np.arange(2000),
+        torch.arange(7),
+        pickle.PickleBuffer(bytearray(b"x" * 5000)),
+    ]
     result = round_trip(codec, obj)
     assert result[0][-1] == 999
     assert result[1].tolist() == list(range(5))
@@ -341,7 +351,7 @@ def test_nothing_is_registered_globally(codec):
 
 
 def test_torchs_own_reducers_do_not_come_before_ours(codec):
-    import torch.multiprocessing  # noqa: F401 - registers them
+    import torch.multiprocessing  # registers them
 
     payload = codec.dumps(torch.ones(4))
     assert len(payload.blocks) == 1
@@ -386,7 +396,7 @@ def test_a_payload_survives_the_object_it_was_made_from(codec):
 
 @pytest.mark.parametrize("discard", [True, False])
 def test_no_descriptor_is_left(codec, discard):
-    left, right = socket.socketpair()
+    left, right = multiprocessing.Pipe()
     with left, right:
         before = open_fds()
         message = received(codec.dumps([right, Unloadable()]))
@@ -497,7 +507,7 @@ def test_an_interrupt_is_no_decode_error(codec):
         codec.loads(received(codec.dumps(Unloadable(KeyboardInterrupt))))
 
 
-@pytest.mark.parametrize("data", [b"nonsense.", b"\x80\x05.", b"no trailer", b"x", b"\x80\x05N.\x00\x00\x00\x00\x00"[:-2]])
+@pytest.mark.parametrize("data", [b"nonsense.", b"\x80\x05.", b"no trailer", b"x"])
 def test_nonsense_is_a_decode_error(codec, data):
     with pytest.raises(DecodeError):
         codec.loads(Received(data))
@@ -580,7 +590,18 @@ def test_dynamic_functions_and_classes_in_one_process(codec):
 
 
 def test_importable_things_go_by_reference(codec):
-    for obj in (Node, round_trip, len, np.sum, torch.nn.Linear, io.BytesIO, type(None), type(len), Node.__init__, array.array):
+    for obj in (
+        Node,
+        round_trip,
+        len,
+        np.sum,
+        torch.nn.Linear,
+        io.BytesIO,
+        type(None),
+        type(len),
+        Node.__init__,
+        array.array,
+    ):
         payload = codec.dumps(obj)
         assert not payload.groups
         assert round_trip(codec, obj) is obj
@@ -611,8 +632,8 @@ def test_a_group_that_cannot_be_loaded_names_what_failed(memory):
 
     sender = Codec(memory, definitions := Definitions())
     payload = sender.dumps(Broken)
-    (gid, group), = definitions.missing(payload.groups, set())
-    with as_worker(memory) as worker, pytest.raises(DecodeError, match="Broken.*mine") as info:
+    ((gid, group),) = definitions.missing(payload.groups, set())
+    with as_worker(memory) as worker, pytest.raises(DecodeError, match=r"Broken.*mine") as info:
         worker.load_group(gid, received(group))
     assert isinstance(info.value.__cause__, KeyError)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copyreg
 import os
 import pickle
-import sys
 import threading
 import types
 import weakref
@@ -185,11 +184,12 @@ def codec_for_thread(arena: Arena) -> Any:
 
 @needs_swap
 def test_the_old_memory_of_a_lone_tensor_is_freed(arena: Arena) -> None:
-    freed = []
-    tensor = torch.frombuffer(bytearray(4096), dtype=torch.uint8).clone()
+    tensor = torch.arange(1000.0)
     codec_for(arena, "share").dumps(tensor)
     assert not parked(tensor)
-    assert not freed
+    bare = torch.arange(1000.0).untyped_storage()
+    codec_for(arena, "share").dumps(bare)
+    assert not hasattr(bare, "_tpool_parked")
 
 
 @needs_swap
@@ -392,13 +392,12 @@ def test_tensors_inside_a_transformation_are_refused(arena: Arena) -> None:
     torch.func.grad(send)(torch.zeros(3))
 
 
-def test_dtensors_are_refused_by_name(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dtensors_are_refused_by_name(arena: Arena) -> None:
     """By name, so that torch.distributed need not be imported; here a class of that name stands in."""
     cls = types.new_class("DTensor", (torch.Tensor,))
     cls.__module__ = "torch.distributed.tensor"
     with pytest.raises(UnsupportedTensorError, match="to_local"):
         travel(arena, torch.zeros(3).as_subclass(cls))
-    assert "torch.distributed.tensor" in sys.modules or torch.distributed is not None
 
 
 def test_an_inference_tensor_arrives_as_a_normal_one(arena: Arena) -> None:

@@ -301,6 +301,19 @@ class TestMaxTasks:
         assert world.exit(0) == [("StartWorker", 1, 0)]
         assert world.ready(1) == [("SendTasks", 1, [(8, 0)])]
 
+    def test_no_task_of_unknown_length_slips_past_a_heavy_chunk_to_a_busy_worker(self) -> None:
+        world = World(1, max_tasks=65)
+        world.learn(1, FAST)
+        world.submit(1, 1)
+        assert world.open(2, tasks=1) == []
+        world.finish(0, 1, FAST)
+        world.finish(0, 1, FAST)
+        world.submit(1, 1)  # Worker 0 has it, and may be sent more, but not so much as the next one weighs.
+        assert world.submit(1, 1, weight=65) == []
+        assert world.submit(2, 1) == []
+        world.open(3, tasks=1)
+        assert sent(world.finish(0, 1, FAST)) == [(0, 1)]
+
     def test_a_job_with_a_heavy_chunk_keeps_its_turn(self) -> None:
         world = World(1, max_tasks=4)
         world.open(1, tasks=10)

@@ -300,6 +300,20 @@ class SchedulerMachine(RuleBasedStateMachine):
     def submit(self, data: st.DataObject, tasks: int, weight: int) -> None:
         self.add(data.draw(st.sampled_from(self.unsealed()), label="job"), tasks, weight)
 
+    @precondition(lambda self: self.unsealed() and not self.over())
+    @rule(data=st.data(), again=st.booleans(), pause=st.sampled_from([0.0, 0.0, RECALL_SECONDS]))
+    def rush(self, data: st.DataObject, again: bool, pause: float) -> None:
+        """Many short tasks at once: soon all workers are sent ahead."""
+        job = data.draw(st.sampled_from(self.unsealed()), label="job")
+        for worker in self.working("starting"):
+            self.become_ready(worker)
+        self.add(job, 100, weight=1)
+        for worker in self.holding():
+            self.give_results(worker, len(worker.held), SHORT)
+        self.time_passes(pause)
+        if again:
+            self.add(job, 100, weight=1)
+
     def unsealed(self) -> list[ModelJob]:
         return [job for job in self.jobs.values() if not job.sealed]
 
@@ -515,6 +529,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             few = st.integers(max(0, unstarted - 1), unstarted)
             self.lose(worker, data.draw(st.one_of(few, st.integers(0, unstarted)), label="unstarted"))
 
+    @precondition(lambda self: self.working("starting") and (self.peace < 0 or self.start_failures < 2))
+    @rule(data=st.data(), luck=st.booleans())
+    def fail_to_start(self, data: st.DataObject, luck: bool) -> None:
+        worker = data.draw(st.sampled_from(self.working("starting")), label="worker")
+        if luck:
+            self.lose(worker, 0)
+
     @precondition(lambda self: len(self.loaded()) > 1)
     @rule(data=st.data(), cancel=SELDOM)
     def die_together(self, data: st.DataObject, cancel: bool) -> None:
@@ -648,7 +669,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(
-    max_examples=250,
+    max_examples=200,
     stateful_step_count=50,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],

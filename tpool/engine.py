@@ -70,7 +70,8 @@ class Result(Protocol):
 class Engine(Protocol):
     """Runs workers.
 
-    ``encode``, ``open_job`` and ``wake`` may be called from any thread; all else from the handler's.
+    ``encode``, ``open_job`` and ``wake`` may be called from any thread, ``wait`` from the handler's; all else from
+    whoever has the handler's turn.
     """
 
     def encode(self, obj: Any) -> Encoded:
@@ -93,8 +94,20 @@ class Engine(Protocol):
     def perform(self, action: WorkerAction) -> list[Event]:
         """Carry out an action; returns what is known of it at once."""
 
-    def wait(self, timeout: float | None) -> list[Event]:
-        """What happened; blocks until something has, ``wake`` was called, or ``timeout`` seconds have passed."""
+    def prepare_wait(self, timeout: float | None) -> float | None:
+        """Do what must be done before the handler blocks; returns for how long it may."""
+
+    def wait(self, timeout: float | None) -> Any:
+        """Block until something has happened, ``wake`` was called, or ``timeout`` seconds have passed.
+
+        The only method that may run while another thread is in one of the others.
+
+        Returns:
+            What ``take_events`` wants to know.
+        """
+
+    def take_events(self, ready: Any) -> list[Event]:
+        """What happened, after ``wait``; must not block."""
 
     def wake(self) -> None:
         """Have ``wait`` return soon. Takes no lock, so finalizers may call it."""

@@ -9,6 +9,7 @@ a wider one, since they travel many to a message.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -33,10 +34,8 @@ class Feeder:
         handler: takes the tasks.
         job: the job they belong to.
         stream: tells how far the consumer is.
-        iterator: the input.
+        iterable: the input.
         processes: how many workers there are.
-        window: the most items drawn and not consumed; None adapts.
-        max_nbytes: the most bytes drawn and not consumed, beyond one item per worker.
     """
 
     def __init__(
@@ -44,23 +43,29 @@ class Feeder:
         handler: Handler,
         job: JobId,
         stream: Stream,
-        iterator: Iterable[Any],
+        iterable: Iterable[Any],
         processes: int,
-        window: int | None,
-        max_nbytes: int,
     ) -> None:
         self._handler = handler
         self._job = job
         self._stream = stream
-        self._iterable: Iterable[Any] | None = iterator
+        self._iterable: Iterable[Any] | None = iterable
         self._processes = processes
-        self._window = window
-        self._max_nbytes = max_nbytes
         self._drawn = 0
         self._drawn_nbytes = 0  # of all items so far; their mean estimates what is outstanding
 
-    def start(self) -> None:
-        """Start the thread. It is daemonic: an input that blocks for ever must not hold up the interpreter's exit."""
+    def start(self, chunksize: int, window: int | None, max_nbytes: int) -> None:
+        """Start the thread. It is daemonic: an input that blocks for ever must not hold up the interpreter's exit.
+
+        Args:
+            chunksize: how many items are drawn together. As in the standard library, where the input raises in the
+                middle of a chunk its error takes the place of the whole chunk.
+            window: the most items drawn and not consumed; None adapts.
+            max_nbytes: the most bytes drawn and not consumed, beyond one item per worker.
+        """
+        self._chunksize = chunksize
+        self._window = window
+        self._max_nbytes = max_nbytes
         threading.Thread(target=self._run, name=f"tpool-feeder-{self._job}", daemon=True).start()
 
     def _run(self) -> None:
@@ -86,16 +91,16 @@ class Feeder:
                 self._wait_for_room()
             if stream.cancelled:
                 return
-            try:
-                item = next(iterator)
-            except StopIteration:
+            chunk = list(itertools.islice(iterator, self._chunksize))
+            if not chunk:
                 return
-            index = self._drawn
-            self._drawn += 1
-            self._send(index, item)
-            del item  # held by nobody but its payload from here
+            chunk.reverse()
+            while chunk:  # each item is held by nobody but its payload once it was sent
+                self._send(chunk.pop())
 
-    def _send(self, index: int, item: Any) -> None:
+    def _send(self, item: Any) -> None:
+        index = self._drawn
+        self._drawn += 1
         try:
             payload = self._handler.engine.encode(item)
         except BaseException as error:

@@ -5,6 +5,10 @@
     engine.wait ──────── events ────────────────┘                                └─► sinks (results)
 
 No user code runs in this thread, and it never waits for memory or for a caller.
+
+A caller that finds nobody at work empties the inbox itself: its task is on the way to a worker before this thread
+would have woken up, which saves one of the four wake-ups of an ``apply``. Whoever holds ``_turn`` is the loop at that
+moment; scheduler and engine belong to it.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import logging
+import math
 import os
 import signal
 import threading
@@ -38,6 +43,7 @@ from tpool.messages import (
     FinishJob,
     JobId,
     JobOpened,
+    JobSealed,
     KillWorker,
     PoolTerminated,
     RecallTasks,
@@ -70,8 +76,8 @@ class Handler:
         name: of the pool, for threads and messages.
 
     Shared data: ``_inbox`` and ``_sinks`` are written by callers and read here, each in single atomic steps;
-    ``_asleep`` is written here and read by callers, who append before they look, while this thread sets it before it
-    looks at the inbox: one of the two always notices.
+    ``_asleep`` is set here and cleared by whoever wakes this thread; callers append before they look, this thread sets
+    it before it looks at the inbox: one of the two always notices.
     """
 
     def __init__(self, engine: Engine, scheduler: Scheduler, callbacks: Callbacks, name: str) -> None:
@@ -83,6 +89,8 @@ class Handler:
         self._sinks: dict[JobId, Sink] = {}
         self._job_ids = itertools.count(1)
         self._asleep = False
+        self._asleep_until = 0.0
+        self._turn = threading.Lock()
         self._followups: deque[Event] = deque()
         self._begun = threading.Event()
         self._ended = threading.Event()
@@ -124,18 +132,25 @@ class Handler:
         self.post(JobOpened(job, batch))
         return job
 
+    def open_single(self, sink: Sink, mode: int, payload: Encoded) -> None:
+        """Make a job of one task known, submit it, and send it at once if nobody else is at work."""
+        job = JobId(next(self._job_ids))
+        self._sinks[job] = sink
+        self.engine.open_job(job, mode, None)
+        self._inbox.extend((JobOpened(job), Task(job, 0, payload), JobSealed(job)))
+        if self._ended.is_set():
+            self._abandon_all()
+        elif self._begun.is_set():
+            self._work_off_inbox()
+
     def submit(self, task: Task) -> None:
         """Add a task to the end of its job."""
-        self._post(task)
+        self.post(task)
 
-    def post(self, event: Event) -> None:
+    def post(self, item: Event | Task) -> None:
         """Tell the scheduler; takes no lock, so finalizers may call it."""
-        self._post(event)
-
-    def _post(self, item: Event | Task) -> None:
         self._inbox.append(item)
-        if self._asleep:
-            self.engine.wake()
+        self._wake_if_asleep()
         if self._ended.is_set():
             self._abandon_all()
 
@@ -170,14 +185,40 @@ class Handler:
 
     def _run(self) -> None:
         try:
-            self._carry_out(self._scheduler.begin())
-            self._begun.set()
-            while not self._ended.is_set():
-                self._take_inbox()
-                self._take_events()
+            with self._turn:
+                self._carry_out(self._scheduler.begin())
+                self._begun.set()
+                while not self._ended.is_set():
+                    self._take_inbox()
+                    self._take_events()
         except BaseException as error:  # our bug; whoever waits must hear of it
             logger.exception("the pool's handler failed")
             self._collapse(error)
+
+    def _work_off_inbox(self) -> None:
+        """Be the loop until the inbox is empty, unless somebody else is."""
+        while self._inbox:
+            if not self._turn.acquire(blocking=False):
+                # Whoever has the turn looks at the inbox before it gives it up; but the handler may have looked already
+                # and be on its way to sleep.
+                self._wake_if_asleep()
+                return
+            try:
+                self._take_inbox()
+            except BaseException as error:
+                logger.exception("the pool's handler failed")
+                self._collapse(error)
+                return
+            finally:
+                self._turn.release()
+        wake_at = self._scheduler.wake_at
+        if wake_at is not None and wake_at < self._asleep_until:
+            self._wake_if_asleep()
+
+    def _wake_if_asleep(self) -> None:
+        if self._asleep:
+            self._asleep = False  # one call to wake is enough for all that is posted until it sleeps again
+            self.engine.wake()
 
     def _take_inbox(self) -> None:
         inbox = self._inbox
@@ -195,14 +236,22 @@ class Handler:
         if self._ended.is_set():
             return
         self._asleep = True
+        self._asleep_until = math.inf
         timeout: float | None = None
         if self._inbox:
             timeout = 0.0
         elif self._scheduler.wake_at is not None:
             timeout = max(0.0, self._scheduler.wake_at - monotonic())
-        events = self.engine.wait(timeout)
+            self._asleep_until = self._scheduler.wake_at
+        if timeout != 0.0:
+            timeout = self.engine.prepare_wait(timeout)
+        self._turn.release()
+        try:
+            ready = self.engine.wait(timeout)
+        finally:
+            self._turn.acquire()
         self._asleep = False
-        for event in events:
+        for event in self.engine.take_events(ready):
             self._handle(event)
         wake_at = self._scheduler.wake_at
         if wake_at is not None and monotonic() >= wake_at:
@@ -217,15 +266,15 @@ class Handler:
             self._pass_on(KillWorker(worker))
             return
         self._carry_out(actions)
-        while self._followups:
-            # Only after all actions of one event, so that they are carried out in the scheduler's order.
-            self._handle(self._followups.popleft())
 
     def _carry_out(self, actions: list[Action]) -> None:
         table = self._actions
         for action in actions:
             table[type(action)](action)
         actions.clear()  # the scheduler keeps the list; payloads and results must not wait for its next event
+        while self._followups:
+            # Only after all actions of one event, so that they are carried out in the scheduler's order.
+            self._handle(self._followups.popleft())
 
     # Actions --------------------------------------------------------------------------------------------------------
 

@@ -164,9 +164,7 @@ class Pool:
         except Exception as error:  # as in the standard library: the result says so, not this call
             result.resolve(0, Failure(error))
             return result
-        job = self._handler.open_job(result, Mode.APPLY)
-        self._handler.submit(Task(job, 0, payload))
-        self._handler.post(JobSealed(job))
+        self._handler.open_single(result, Mode.APPLY, payload)
         return result
 
     # Map ------------------------------------------------------------------------------------------------------------
@@ -332,7 +330,8 @@ class Pool:
         window = None if buffersize is None else max(buffersize, chunksize)
         if chunksize > 1 and window is None:
             window = 2 * chunksize * self._processes
-        Feeder(self._handler, job, stream, iterable, self._processes, window, self._stream_nbytes).start()
+        feeder = Feeder(self._handler, job, stream, iterable, self._processes)
+        feeder.start(chunksize, window, self._stream_nbytes)
         return iterator
 
     # The end --------------------------------------------------------------------------------------------------------

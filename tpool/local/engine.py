@@ -172,14 +172,22 @@ class LocalEngine:
 
     # Events ---------------------------------------------------------------------------------------------------------
 
-    def wait(self, timeout: float | None) -> list[Event]:
+    def wait(self, timeout: float | None) -> list[tuple[int, int]]:
         """See Engine."""
-        ready = self._epoll.poll(0)
-        if not ready:
-            self._tidy_up()
-            if self._memory_waiters or any(member.starving for member in self._members.values()):
-                timeout = STARVING_SECONDS if timeout is None else min(timeout, STARVING_SECONDS)
-            ready = self._epoll.poll(timeout)
+        return self._epoll.poll(timeout)
+
+    def prepare_wait(self, timeout: float | None) -> float | None:
+        """Before the handler blocks: give back what died, so that nobody waits for it."""
+        self._memory.table.collect()
+        for member in self._members.values():
+            if member.pidfd is not None and not member.ended and member.put_news():
+                self._flush(member)
+        if self._memory_waiters or any(member.starving for member in self._members.values()):
+            return STARVING_SECONDS if timeout is None else min(timeout, STARVING_SECONDS)
+        return timeout
+
+    def take_events(self, ready: list[tuple[int, int]]) -> list[Event]:
+        """See Engine."""
         events: list[Event] = []
         for fd, mask in ready:
             source = self._sources.get(fd)
@@ -189,13 +197,6 @@ class LocalEngine:
             with self._memory_news:
                 self._memory_news.notify_all()
         return events
-
-    def _tidy_up(self) -> None:
-        """Before this thread blocks: give back what died, so that nobody waits for it."""
-        self._memory.table.collect()
-        for member in self._members.values():
-            if member.pidfd is not None and not member.ended and member.put_news():
-                self._flush(member)
 
     def _on_wake(self, mask: int, events: list[Event]) -> None:
         with contextlib.suppress(BlockingIOError):

@@ -5,6 +5,7 @@ The caller's arena and one per slot are made here, once; workers come and go.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import multiprocessing.process
@@ -100,13 +101,20 @@ class PoolMemory:
         self._settings = settings
         self.table = leases.table()
         count = settings.processes
-        self._ledger = Ledger.create(count + 1, settings.memory_nbytes)
-        self._caller = Arena.create(settings.memory_nbytes)
-        self.table.add(self._caller, Allocator(self._caller, self._ledger, 0))
-        self._slots = [Arena.create(settings.memory_nbytes) for _ in range(count)]
-        for arena in self._slots:
-            self.table.add(arena)
+        self._slots: list[Arena] = []
         self._foreign: list[Arena] = []
+        with contextlib.ExitStack() as undo:  # at the limit of descriptors or address space, leave nothing behind
+            self._ledger = Ledger.create(count + 1, settings.memory_nbytes)
+            undo.callback(self._ledger.close)
+            self._caller = Arena.create(settings.memory_nbytes)
+            undo.callback(self.table.remove, self._caller)
+            self.table.add(self._caller, Allocator(self._caller, self._ledger, 0))
+            for _ in range(count):
+                arena = Arena.create(settings.memory_nbytes)
+                undo.callback(self.table.remove, arena)
+                self.table.add(arena)
+                self._slots.append(arena)
+            undo.pop_all()
         self.peers = [Peer(f"slot {slot}") for slot in range(count)]
         self.baseline = dict(vars(sys.modules["__main__"])) if settings.method == "fork" else None
         self.definitions = Definitions(baseline=self.baseline)

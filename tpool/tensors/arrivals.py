@@ -1,8 +1,8 @@
 """The storages of one message, on the side that received it: blocks and descriptors become memory of torch's again.
 
-The functions that a pickle stream names here (``MARKERS``) stand for methods of the one ``Incoming`` of a message:
-``Incoming.bind()`` gives the table by which an unpickler resolves them. Called by themselves they raise, for a stream
-that names them cannot be read without the blocks it came with.
+The functions that a pickle stream names here (``MARKERS``) stand for methods of the same name of the one ``Incoming``
+of a message; the unpickler resolves them so. Called by themselves they raise, for a stream that names them cannot be
+read without the blocks it came with.
 """
 
 from __future__ import annotations
@@ -60,10 +60,6 @@ class Incoming:
         self._first: dict[int, Any] = {}
         # One empty tensor per dtype: `new()` of it is five times faster than torch.empty.
         self._empty: dict[str, torch.Tensor] = {}
-
-    def bind(self) -> dict[str, Callable[..., Any]]:
-        """What the markers in this message's stream stand for, by name."""
-        return {name: getattr(self, name) for name in MARKERS}
 
     def block_storage(self, index: int) -> torch.UntypedStorage:
         """The storage on a block; the same one each time."""

@@ -21,6 +21,7 @@ import dataclasses
 import enum
 import functools
 import importlib
+import io
 import sys
 import types
 import typing
@@ -249,6 +250,8 @@ def fill_class(cls: Any, attributes: dict[str, Any]) -> None:
         cls.register(subclass)
     for name, value in attributes.items():
         set_attribute(cls, name, value)
+    if "__firstlineno__" in attributes:  # Python 3.13 forgets it when __module__ is set
+        set_attribute(cls, "__firstlineno__", attributes["__firstlineno__"])
 
 
 # What pickles only by name -----------------------------------------------------------------------------------------
@@ -285,9 +288,18 @@ def _reduce_dataclass_sentinel(obj: object) -> str:
     return next(name for name in ("MISSING", "KW_ONLY", "_HAS_DEFAULT_FACTORY") if getattr(dataclasses, name) is obj)
 
 
+def _reduce_text_file(obj: io.TextIOWrapper) -> Reduced:
+    # cloudpickle would send the whole contents of the file.
+    for name in ("stdout", "stderr"):
+        if obj is getattr(sys, name):
+            return getattr, (sys, name)
+    raise TypeError(f"cannot pickle {type(obj).__name__!r} object")
+
+
 DISPATCH: dict[type, Callable[[Any], Any]] = {
     **_cloudpickle.Pickler._dispatch_table,
     types.CellType: _reduce_cell,
+    io.TextIOWrapper: _reduce_text_file,
     type(dataclasses.MISSING): _reduce_dataclass_sentinel,
     type(dataclasses.KW_ONLY): _reduce_dataclass_sentinel,
     type(dataclasses._HAS_DEFAULT_FACTORY): _reduce_dataclass_sentinel,  # type: ignore[attr-defined]

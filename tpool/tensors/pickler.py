@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copyreg
 import pickle
+import sys
 import types
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, cast
@@ -44,6 +45,11 @@ OUT_OF_BAND_NBYTES = 4096
 # Types whose instances hold nothing else: pickle needs no help with them. Those that may be long are looked at.
 _SHORT = frozenset({int, float, bool, complex, type(None)})
 _LONG = frozenset({str, bytes})
+_CONTAINERS = frozenset({list, dict})
+_FEW = 8
+
+# What these define is not defined again while the program runs: that it can be imported is found out once.
+_STABLE_PACKAGES = sys.stdlib_module_names | {"numpy", "torch", "tpool"}
 
 
 class Codec:
@@ -70,6 +76,8 @@ class Codec:
         self._definitions = definitions
         self._registry = Registry(baseline)
         self._rules = definitions or self._registry
+        # By id(): functions and classes of modules that nobody loads twice, found to be importable.
+        self._by_name: dict[int, object] = {}
         self._dispatch: dict[type, Any] = {}
         self._dispatch_sizes = (-1, -1)
 
@@ -85,20 +93,19 @@ class Codec:
             TransportError: a tensor (or other object) that cannot travel.
             SharedMemoryExhausted: no memory for its bytes.
         """
-        kind = type(obj)
-        if kind in _SHORT or (kind in _LONG and len(cast("bytes", obj)) <= INLINE_NBYTES // 4):
+        if _is_simple(obj):
             data = pickle.dumps(obj, pickle.HIGHEST_PROTOCOL)
             if len(data) <= INLINE_NBYTES:
                 return Payload(data, [], [], (), [])
         outgoing = Outgoing(self.memory, self.sharing)
         while True:
             try:
-                return self._dump(obj, _Message(self, outgoing), spawning)
+                return self._dump(obj, _Message(self, outgoing, self._rules, self._by_name), spawning)
             except Overlap:
                 outgoing = outgoing.again()
 
     def _dump(self, obj: object, message: _Message, spawning: bool) -> Payload:
-        pickler = self.new_pickler(message, self._rules, _InheritingPickler if spawning else _Pickler)
+        pickler = self.new_pickler(message, _InheritingPickler if spawning else _Pickler)
         try:
             if spawning:
                 with carrying(message):
@@ -129,21 +136,34 @@ class Codec:
         """
         unpickler.load_group(gid, received, self._registry)
 
-    def new_pickler(self, message: _Message, rules: Any, kind: type[_Pickler]) -> _Pickler:
+    def new_pickler(self, message: _Message, kind: type[_Pickler]) -> _Pickler:
         """A pickler that writes into a message."""
-        pickler = kind(message.chunks, pickle.HIGHEST_PROTOCOL, buffer_callback=message.take_buffer)
-        pickler.message = message
-        pickler.rules = rules
-        pickler.dispatch_table = self._dispatch_table()
-        return pickler
-
-    def _dispatch_table(self) -> dict[type, Any]:
         extra, general = ForkingPickler._extra_reducers, copyreg.dispatch_table  # type: ignore[attr-defined]
         sizes = (len(extra), len(general))
         if sizes != self._dispatch_sizes:  # something was registered (torch.multiprocessing imported, say)
             self._dispatch = {**general, **extra, **DISPATCH}
             self._dispatch_sizes = sizes
-        return self._dispatch
+        pickler = kind(message.chunks, pickle.HIGHEST_PROTOCOL, buffer_callback=message.take_buffer)
+        pickler.message = message
+        pickler.dispatch_table = self._dispatch
+        return pickler
+
+    def open_group(self, rules: Any) -> _GroupPickler:
+        """What ``Definitions`` write a new group with."""
+        outgoing = _WholeStorages(self.memory, self.sharing)
+        return _GroupPickler(self, _Message(self, outgoing, rules, self._by_name))
+
+
+def _is_simple(obj: Any) -> bool:
+    """Whether pickle alone will do, and quickly; a guess that costs less than setting up our own pickler (3 us)."""
+    kind = type(obj)
+    if kind in _SHORT:
+        return True
+    if kind in _LONG:
+        return len(obj) <= INLINE_NBYTES // 4
+    if kind is tuple:
+        return len(obj) <= _FEW and all(map(_is_simple, obj))
+    return kind in _CONTAINERS and not obj
 
 
 def _note_type(error: BaseException, obj: object) -> None:
@@ -166,17 +186,21 @@ class _Message:
 
     Attributes:
         outgoing: storages and descriptors.
+        rules: what tells how functions and classes travel: Definitions, Registry or a GroupWriter.
+        by_name: see ``Codec``.
         buffers: blocks of out-of-band buffers, in order.
         copies: see ``byvalue.reduce_here``.
         needed: groups that definitions in this payload come from.
         marked: whether the stream names something that only its receiver can resolve.
     """
 
-    __slots__ = ("_codec", "buffers", "chunks", "copies", "marked", "needed", "outgoing")
+    __slots__ = ("buffers", "by_name", "chunks", "copies", "marked", "needed", "open_group", "outgoing", "rules")
 
-    def __init__(self, codec: Codec, outgoing: Outgoing) -> None:
-        self._codec = codec
+    def __init__(self, codec: Codec, outgoing: Outgoing, rules: Any, by_name: dict[int, object]) -> None:
+        self.open_group = codec.open_group
         self.outgoing = outgoing
+        self.rules = rules
+        self.by_name = by_name
         self.chunks = _Chunks()
         self.buffers: list[Block] = []
         self.copies: dict[int, dict[str, Any]] = {}
@@ -186,10 +210,6 @@ class _Message:
     def add_fd(self, fd: int, keep: object) -> int:
         """Index of a descriptor that travels; ``keep`` owns it."""
         return self.outgoing.add_fd(fd, keep)
-
-    def open_group(self, rules: Any) -> _GroupPickler:
-        """What ``Definitions`` write a new group with."""
-        return _GroupPickler(self._codec, rules)
 
     def take_buffer(self, buffer: pickle.PickleBuffer) -> bool:
         """Copy a buffer into a block; True (it stays in the stream) if it is small."""
@@ -235,15 +255,13 @@ class _Message:
 class _Pickler(pickle.Pickler):
     """One stream. ``reducer_override`` is called for every object but the simplest built-in ones, so it is short."""
 
-    # Set by new_pickler(); an __init__ in Python would cost half a microsecond.
-    message: _Message
-    rules: Any  # Definitions, Registry or GroupWriter
+    message: _Message  # set by new_pickler(); an __init__ in Python would cost half a microsecond
     last: object = None  # what was being reduced, for the note on an error
 
     def reducer_override(self, obj: Any) -> Any:
         cls = type(obj)
         if cls is types.FunctionType or issubclass(cls, type):
-            return self._refer(obj, None)
+            return NotImplemented if id(obj) in self.message.by_name else self._refer(obj, None)
         reduced = reducers.reduce(obj, self.message.outgoing)
         if reduced is not NotImplemented:
             return reduced
@@ -258,9 +276,13 @@ class _Pickler(pickle.Pickler):
         return NotImplemented
 
     def _refer(self, obj: Any, name: str | None) -> Any:
-        reduced = self.rules.reduce(obj, name, self.message)
-        if reduced is not NotImplemented and (reduced[0] is definition or reduced[0] is inherited):
-            self.message.marked = True
+        message = self.message
+        reduced = message.rules.reduce(obj, name, message)
+        if reduced is NotImplemented:
+            if str(obj.__module__).partition(".")[0] in _STABLE_PACKAGES:
+                message.by_name[id(obj)] = obj
+        elif reduced[0] is definition or reduced[0] is inherited:
+            message.marked = True
         return reduced
 
 
@@ -279,13 +301,13 @@ class _InheritingPickler(_Pickler):
 class _GroupPickler:
     """Writes a group for ``Definitions``: many units, one memo."""
 
-    def __init__(self, codec: Codec, rules: Any) -> None:
-        outgoing = _WholeStorages(codec.memory, codec.sharing)
-        self._finished = False
-        self._message = _Message(codec, outgoing)
+    def __init__(self, codec: Codec, message: _Message) -> None:
+        self._message = message
         self._message.marked = True  # not for pickle.loads: there are many units in the stream
-        self._pickler = codec.new_pickler(self._message, rules, _InheritingPickler)
-        self.copies = self._message.copies
+        self._pickler = codec.new_pickler(message, _InheritingPickler)
+        self._undone: list[object] = []
+        self._finished = False
+        self.copies = message.copies
 
     def write(self, kind: str, key: object, body: list[Any]) -> Any:
         """Pickle one unit; gives the mark that ``undo`` needs. If it raises, nothing was written."""
@@ -303,12 +325,14 @@ class _GroupPickler:
     def undo(self, mark: Any) -> None:
         """Forget the unit written last, and all that the memo has of it.
 
-        Its storages keep their places among the blocks: they have been moved, and will be needed again.
+        Its storages keep their places among the blocks: they have been moved, and will be needed again. Its objects
+        live on, for storages are told apart by their addresses.
         """
         header, chunks, buffers = mark
         del self._message.chunks[chunks:]
         del self._message.buffers[buffers:]
         memo = self._pickler.memo.copy()
+        self._undone.append(memo)
         first = memo[id(header)][0]  # a list is memoized before what is in it, so this was the unit's first
         self._pickler.memo = {key: entry for key, entry in memo.items() if entry[0] < first}
 

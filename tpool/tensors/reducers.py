@@ -14,7 +14,7 @@ What a pickler has to do::
     outgoing = Outgoing(memory, sharing)         one per message; blocks and fds are filled as objects are met
     reducer_override(obj): reduce(obj, outgoing)
     except Overlap: outgoing = outgoing.again(), and pickle once more
-    find_class("tpool.tensors.arrivals", name):  Incoming(blocks, fds).bind()[name], one Incoming per message
+    find_class(…, name in arrivals.MARKERS):     that method of Incoming(blocks, fds), one per message
 
 The rule for all kinds: equal in value, dtype, device, layout, shape, stride, ``requires_grad``, type and attributes;
 or ``UnsupportedTensorError`` at once, which names the kind and what to do.

@@ -32,18 +32,16 @@ def loads(received: Received, rules: Definitions | Registry) -> object:
     stream = data if type(data) is bytes else data.view  # type: ignore[union-attr]
     if not stream:
         raise DecodeError("this message was decoded or discarded before")
-    last = None
+    found: list[str] = []
     try:
         if stream[-1] == STOP:
             return pickle.loads(stream)
         context = _Context(received, rules)
-        try:
-            return _reader(data, received, context).load()
-        finally:
-            last = context.last
+        found = context.found
+        return _reader(data, received, context).load()
     # A SystemExit of the user's, too: who decodes may be a thread that serves everybody.
     except (Exception, SystemExit) as error:
-        raise _decode_error("an object", error, last) from error
+        raise _decode_error("an object", error, found) from error
     finally:
         del stream  # a view of the block that discard() drops
         received.discard()
@@ -63,13 +61,13 @@ def load_group(gid: GroupId, received: Received, registry: Registry) -> None:
             kind, key = reader.load()
             registry.apply(kind, key, reader.load())
     except (Exception, SystemExit) as error:
-        raise _decode_error(f"{kind} {key!r} of the caller's __main__", error, context.last) from error
+        raise _decode_error(f"{kind} {key!r} of the caller's __main__", error, context.found) from error
     finally:
         received.discard()
 
 
-def _decode_error(what: str, error: BaseException, last: str | None) -> DecodeError:
-    where = f" (it had come to {last})" if last else ""
+def _decode_error(what: str, error: BaseException, found: list[str]) -> DecodeError:
+    where = f" (after it had found {', '.join(found[-3:])})" if found else ""
     return DecodeError(f"{what} arrived but could not be unpickled: {type(error).__name__}: {error}{where}")
 
 
@@ -83,7 +81,7 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name in _MARKERS and _MARKERS[name] == module:
             return self.context.marker(name)
-        self.context.last = f"{module}.{name}"
+        self.context.found.append(f"{module}.{name}")
         return super().find_class(module, name)
 
     def more(self) -> bool:
@@ -141,12 +139,12 @@ class _BlockFile:
 class _Context(arrivals.Incoming):
     """What the markers in one stream stand for."""
 
-    __slots__ = ("_rules", "last")
+    __slots__ = ("_rules", "found")
 
     def __init__(self, received: Received, rules: Definitions | Registry) -> None:
         super().__init__(received.blocks, received.fds)
         self._rules = rules
-        self.last: str | None = None  # the global found last, for the message of an error
+        self.found: list[str] = []  # what was imported, for the message of an error
 
     def marker(self, name: str) -> Any:
         """What a marker stands for."""
