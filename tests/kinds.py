@@ -274,6 +274,8 @@ simple(
     overlapping=lambda: number(10).as_strided((4, 3), (2, 1), 1),
     read_as_another_dtype=lambda: number(8).view(torch.int16),
     unusual_strides_of_one_row=lambda: number(12).as_strided((1, 4), (7, 3)),
+    whole_row_with_any_stride=lambda: number(4).as_strided((1, 4), (9, 1)),
+    one_element_with_stride_0=lambda: number(1).as_strided((1,), (0,)),
     large=lambda: number(300, 1000),
 )
 

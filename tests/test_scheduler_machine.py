@@ -53,6 +53,7 @@ Key = tuple[int, int]  # (job, index)
 SHORT = AHEAD_SECONDS / 1000
 PACES = [SHORT, SHORT, SHORT, SHORT, AHEAD_SECONDS / 4, AHEAD_SECONDS, 1.0]  # seconds that a job's tasks mostly take
 TICK = RECALL_SECONDS / 1000  # how much later the next event comes at least
+MANY = 20_000  # steps, more than anything needs
 SELDOM = st.sampled_from([False] * 5 + [True])
 
 
@@ -439,8 +440,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         stuck = data.draw(st.sampled_from(self.loaded()), label="stuck")
         if cancel:
             self.cancel_job(self.jobs[stuck.held[-1].job])
-        while self.go_on(stuck, SHORT):
-            pass
+        for _ in range(MANY):
+            if not self.go_on(stuck, SHORT):
+                break
+        else:
+            raise AssertionError("they never run out of work")
         self.time_passes(RECALL_SECONDS)
 
     def holding(self) -> list[ModelWorker]:
@@ -640,9 +644,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not self.closed:
             self.closed = True
             self.say(PoolClosed())
-        while not self.ended:
+        for _ in range(MANY):
+            if self.ended:
+                break
             assert self.go_on(None, SHORT), "a lost wake-up: nobody has anything to do, and the pool has not ended"
             self.settle_accounts()
+        assert self.ended, "the pool never ends"
         assert not self.unresolved
         assert len(self.outcome) == sum(job.count for job in self.jobs.values())
         assert all(job.finished for job in self.jobs.values())

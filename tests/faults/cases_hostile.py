@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
@@ -118,8 +119,10 @@ def garbage_in():
     """Into every socket and pipe that the worker has, so into its channel too."""
     for fd in range(3, 64):
         with contextlib.suppress(OSError):
-            os.set_blocking(fd, False)
-            os.write(fd, os.urandom(4096))
+            mode = os.fstat(fd).st_mode
+            if stat.S_ISSOCK(mode) or stat.S_ISFIFO(mode):
+                os.set_blocking(fd, False)
+                os.write(fd, os.urandom(4096))
     return "done"
 
 

@@ -84,7 +84,7 @@ def initializer_that_leaves(env: Env):
     first_failure(env, initializer_system_exit, kinds=BaseException)
 
 
-@case(2, "the initializer cannot be unpickled", needs="initializer")
+@case(2, "the initializer cannot be unpickled", needs="initializer", methods=("forkserver", "spawn"))
 def initializer_that_cannot_be_read(env: Env):
     error = first_failure(env, UnreadableFunction())
     assert not env.is_tpool or "cannot be read" in f"{error} {error.__cause__}", repr(error)
@@ -156,10 +156,8 @@ def replacement_that_fails(env: Env):
     assert len(env.marks("attempt")) <= HANDFUL + 2, f"{len(env.marks('attempt'))} attempts"
 
 
-@case(2, "an argument of the initializer does not pickle", needs="initializer")
-def initargs_that_do_not_pickle(env: Env):
-    if env.method == "fork" and not env.is_tpool:
-        raise NotPossible("it inherits the arguments")
+@case(2, "what the initializer holds does not pickle", needs="initializer", methods=("forkserver", "spawn"))
+def initializer_that_does_not_pickle(env: Env):
     first_failure(env, square_lock)
 
 

@@ -262,9 +262,13 @@ def generator_raises(env: Env):
 @case(9, "a generator raises midway in `imap_unordered` and in `map`", needs="imap iterator")
 def generator_raises_elsewhere(env: Env):
     pool = env.pool(2)
-    got = []
-    env.raises(lambda: [got.append(value) for value in pool.imap_unordered(square, raises_at(5))], LookupError)
-    assert sorted(got) == [0, 1, 4, 9, 16], got
+    results, got = pool.imap_unordered(square, raises_at(5)), []
+    for _ in range(6):  # the failure may overtake results
+        try:
+            got.append(results.next(10))
+        except LookupError:
+            got.append(-1)
+    assert sorted(got) == [-1, 0, 1, 4, 9, 16], got
     env.raises(lambda: pool.map(square, raises_at(5)), LookupError)
     env.usable(pool)
 
@@ -328,8 +332,9 @@ def endless_generator(env: Env):
     drawn = []
     results = pool.imap(square, (drawn.append(value) or value for value in itertools.count()))
     assert [next(results) for _ in range(100)] == [value * value for value in range(100)]
+    procs.wait_until(lambda: len(drawn) > 2000, 0.5)
     env.note(f"{len(drawn)} drawn for 100 consumed")
-    assert len(drawn) < 400, f"{len(drawn)} items were drawn"
+    assert len(drawn) <= 2000, "it is drawn without end"
 
 
 @case(9, "a small `apply` beside a large `map`", spawn=True)

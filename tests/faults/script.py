@@ -29,6 +29,8 @@ from .adapters import ADAPTERS, Adapter
 
 # Time limits of the issue are for a quiet machine; a shared one gets this factor. The time itself is reported.
 SLACK = float(os.environ.get("FAULTS_SLACK", "3"))
+# Deadlines of cases are for a busy machine; this shortens or lengthens them all.
+DEADLINE_FACTOR = float(os.environ.get("FAULTS_DEADLINE", "1"))
 METHODS = ("forkserver", "fork", "spawn")
 # Descriptors that a first pool may leave for good (helpers of the process), and the noise of a later one.
 FD_ALLOWANCE_FIRST, FD_ALLOWANCE = 8, 2
@@ -424,6 +426,11 @@ def _report(**record: Any) -> None:
         file.write(json.dumps(record) + "\n")
 
 
+def _open_dump() -> int:
+    """Where the watchdog writes; a bare descriptor, which no forked child complains of when it ends."""
+    return os.open(Path(os.environ["FAULTS_DIR"]) / "dump", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC)
+
+
 def _others() -> list[procs.Process]:
     found = procs.family(f"FAULTS_RUN={os.environ['FAULTS_RUN']}", os.getsid(0))
     return [one for one in found if one.pid != os.getpid()]
@@ -445,43 +452,56 @@ def _assert_nothing_grew(env: Env, before: set[int], fds: int, first: bool) -> N
         raise Leak(f"{procs.fd_count() - fds} descriptors")
 
 
+def _play(one: Case, env: Env) -> tuple[str, str]:
+    """Outcome and reason of the case itself."""
+    try:
+        one.function(env)
+    except NotPossible as error:
+        return "n/a", str(error)
+    except BaseException as error:
+        return "fail", f"{type(error).__name__}: {error}" if str(error) else repr(error)
+    return "pass", ""
+
+
+def _clear_up(env: Env, outcome: tuple[str, str], check: Callable[[], None]) -> tuple[str, str]:
+    """Ends what the case made and looks at what is left; gives the outcome, which only a pass can lose here."""
+    try:
+        env.finish()
+        if outcome[0] == "pass":
+            check()
+    except Leak as error:
+        outcome = "leak", str(error)
+    except BaseException as error:
+        if outcome[0] == "pass":
+            outcome = "fail", f"at the end: {error!r}"
+    if outcome[0] != "pass" and env._shared_used:  # whatever is wrong with it must not fail the next case
+        broken, env._shared = env._shared, None
+        with contextlib.suppress(Exception):
+            env.end(broken)
+    return outcome
+
+
 def _run(one: Case, env: Env, first: bool) -> None:
+    """Plays one case under its watchdog and reports it."""
     env.notes, env.detection, env._shared_used = [], None, False
     with contextlib.suppress(FileNotFoundError):
         env._offset = os.path.getsize(_marks_path())
+    dump = _open_dump()
     before, fds = {other.pid for other in _others()}, procs.fd_count()
-    deadline = one.deadline * float(os.environ.get("FAULTS_DEADLINE", "1"))
     _report(event="start", case=one.name)
     begin = time.monotonic()
-    outcome, reason = "pass", ""
-    with open(Path(os.environ["FAULTS_DIR"]) / "dump", "w") as dump:
-        faulthandler.dump_traceback_later(deadline, exit=True, file=dump)
-        try:
-            one.function(env)
-        except NotPossible as error:
-            outcome, reason = "n/a", str(error)
-        except BaseException as error:
-            outcome, reason = "fail", f"{type(error).__name__}: {error}" if str(error) else repr(error)
-        seconds = time.monotonic() - begin
-        try:
-            env.finish()
-            if outcome == "pass":
-                _assert_nothing_grew(env, before, fds, first)
-        except Leak as error:
-            outcome, reason = "leak", str(error)
-        except BaseException as error:
-            if outcome == "pass":
-                outcome, reason = "fail", f"at the end: {error!r}"
-        if outcome != "pass" and env._shared_used:  # whatever is wrong with it must not fail the next case
-            broken, env._shared = env._shared, None
-            with contextlib.suppress(Exception):
-                env.end(broken)
-        faulthandler.cancel_dump_traceback_later()
+    faulthandler.dump_traceback_later(one.deadline * DEADLINE_FACTOR, exit=True, file=dump)
+    outcome = _play(one, env)
+    seconds = time.monotonic() - begin
+    outcome = _clear_up(env, outcome, lambda: _assert_nothing_grew(env, before, fds, first))
+    faulthandler.cancel_dump_traceback_later()
+    with contextlib.suppress(OSError):  # a case may have closed it
+        os.close(dump)
     _report(
         event="end",
         case=one.name,
-        outcome=outcome,
-        reason=" ".join(reason.split())[:600],
+        outcome=outcome[0],
+        reason=" ".join(outcome[1].split())[:600],
         seconds=round(seconds, 3),
         detection=env.detection,
         notes=env.notes,
@@ -508,5 +528,5 @@ def main() -> None:
         env.end(env._shared)
     _report(event="leaving")
     # Until the very end, so that it tells where an interpreter hangs that should be gone.
-    dump = open(Path(os.environ["FAULTS_DIR"]) / "dump", "w")  # noqa: SIM115
+    dump = _open_dump()
     faulthandler.dump_traceback_later(EXIT_DEADLINE * SLACK, exit=True, file=dump)

@@ -111,6 +111,11 @@ class ZygoteServer:
                     return
                 self._handle(fd)
 
+    def close(self) -> None:
+        """Close every connection."""
+        for channel in (self._control, *self._connections.values()):
+            channel.close()
+
     def _handle(self, fd: int) -> None:
         if fd == self._control.fileno():
             self._accept()
@@ -247,4 +252,7 @@ def zygote_main(control_fd: int, parent_pid: int) -> None:
         return
     server = ZygoteServer(control, parent_pid, error)
     server.connect(frames)
-    server.serve()
+    try:
+        server.serve()
+    finally:
+        server.close()
