@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -277,6 +279,34 @@ def test_a_global_that_cannot_be_pickled_does_not_stop_the_send(run):
         lock = 5
         assert call(lambda: lock) == 5, "bound again"
     """)
+
+
+def test_a_global_may_be_a_proxy_that_answers_nothing(run):
+    run("""
+        class Proxy:
+            def __getattribute__(self, name):
+                raise RuntimeError("working outside of a context")
+        proxy = Proxy()
+
+        def f(use):
+            return proxy.value if use else "unused"
+
+        assert call(f, False) == "unused"
+    """)
+
+
+def test_a_program_may_be_a_deeper_graph_than_the_stack(run):
+    run(
+        "\n".join(f"def f{n}(x): return x or f{(n + 1) % 3000}(1), g{n}" for n in range(3000))
+        + "\n"
+        + "\n".join(f"class K{n}:\n    def run(self): return f{n}, g{(n + 7) % 3000}" for n in range(300))
+        + "\n"
+        + "\n".join(f"def g{n}(): return K{n % 300}, f{(n * 7) % 3000}" for n in range(3000)),
+        """
+        assert call(f0, 1)[0] == 1
+        assert call(lambda: len([name for name in globals() if name[0] in "fgK"])) == 6300
+        """,
+    )
 
 
 def test_an_attribute_of_a_class_that_cannot_be_pickled_is_left_out_alone(run):
@@ -688,6 +718,12 @@ def test_classes_of_many_kinds(run):
         assert call(lambda: typing.get_type_hints(Box.map)["return"]) == Box[T]
         assert call(lambda: Sized) is Sized
 
+        import ctypes
+        class Vector(ctypes.Structure):
+            _fields_ = [("x", ctypes.c_int), ("y", ctypes.c_double)]
+            def __init__(self, *args): super().__init__(*args)
+        assert call(lambda: (Vector(1, 2.5).y, Vector.x.offset)) == (2.5, 0)
+
         class Outer:
             class Inner:
                 value = 4
@@ -784,6 +820,24 @@ def test_code_that_rebuilding_runs_finds_what_it_mentions(run):
         def f(): return table["a"][0].value, table["a"][1].kept, Holder.default.value, Holder.other.kept
         assert call(f) == (6, 3, 6, 3)
         assert call(lambda item: item.kept, Restored()) == 3
+    """)
+
+
+def test_what_was_pickled_in_vain_is_not_taken_for_something_new(run):
+    run("""
+        import torch
+
+        class Fresh:
+            made = 0
+            def __reduce__(self):
+                Fresh.made += 1
+                return torch.clone, (torch.full((1000,), float(Fresh.made)),)
+        class Other: pass
+
+        # Other turns out to be needed only after a first tensor has been pickled and died.
+        things = [*(Fresh() for _ in range(20)), Other()]
+        def f(): return [float(thing.max()) for thing in things[:20]]
+        assert call(f) == [float(n) for n in range(21, 41)]
     """)
 
 
@@ -1015,6 +1069,20 @@ def test_many_threads_define_at_once():
         assert not errors
         ids = {payload.data for payload in payloads}
         assert len(ids) == 20, "each class has one id"
+        retire(memory)
+
+
+def test_what_a_name_was_bound_to_before_is_let_go():
+    with main_module("class Value: pass\ndata = Value()\ndef f(): return data\ndef g(): return data") as main:
+        memory = make_memory()
+        codec = Codec(memory, Definitions())
+        codec.dumps(main.f)
+        codec.dumps(main.g)
+        old = weakref.ref(main.data)
+        main.data = main.Value()
+        codec.dumps(main.f)
+        gc.collect()
+        assert old() is None
         retire(memory)
 
 

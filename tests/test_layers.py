@@ -30,6 +30,8 @@ ROWS = [
     ["tpool.local.launch"],
     ["tpool.local.setup"],
     ["tpool.engine"],
+    ["tpool.local.member"],
+    ["tpool.local.hunger"],
     ["tpool.local.engine"],
     ["tpool.results"],
     ["tpool.handler"],

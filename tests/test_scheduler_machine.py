@@ -310,7 +310,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.become_ready(worker)
         self.add(job, 100, weight=1)
         for worker in self.holding():
-            self.give_results(worker, len(worker.held), SHORT)
+            if worker.held:  # It may have been recalled from, or died, in the meantime.
+                self.give_results(worker, len(worker.held), SHORT)
         self.time_passes(pause)
         if again:
             self.add(job, 100, weight=1)
@@ -380,6 +381,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         expect = [] if self.stopped else self.stop("terminated", None)
         self.say(PoolTerminated("terminated"), expect)
+        for worker in self.working("killed"):
+            self.say(TasksFinished(WorkerId(worker.id), [(JobId(0), 0, "late", 0.0)]))
 
     def stop(self, cause: Any, error: Any) -> list[tuple[str, Key, Any]]:
         if self.ended:
@@ -676,7 +679,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(
-    max_examples=200,
+    max_examples=300,
     stateful_step_count=50,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],

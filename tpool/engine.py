@@ -6,6 +6,7 @@ results are its own: it makes them in ``encode`` and hands them back in events, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -70,12 +71,22 @@ class Result(Protocol):
 class Engine(Protocol):
     """Runs workers.
 
-    ``encode``, ``open_job`` and ``wake`` may be called from any thread, ``wait`` from the handler's; all else from
-    whoever has the handler's turn.
+    ``encode``, ``open_job`` and ``wake`` may be called from any thread; all else from the handler's.
+
+    Attributes:
+        may_give_back: set by the handler: whether a caller may yet take results that hold memory. Where nobody may,
+            waiting for memory is hopeless once no worker runs anything.
     """
 
-    def encode(self, obj: Any) -> Encoded:
+    may_give_back: Callable[[], bool]
+
+    def encode(self, obj: Any, patient: bool = False) -> Encoded:
         """Make an object ready to be sent, in the caller's thread; may wait for memory.
+
+        Args:
+            obj: what to send.
+            patient: wait also for memory that only the consumer of results can give back. A feeder may: it is not
+                the consumer.
 
         Raises:
             SharedMemoryExhausted: there is not enough shared memory.
@@ -94,20 +105,8 @@ class Engine(Protocol):
     def perform(self, action: WorkerAction) -> list[Event]:
         """Carry out an action; returns what is known of it at once."""
 
-    def prepare_wait(self, timeout: float | None) -> float | None:
-        """Do what must be done before the handler blocks; returns for how long it may."""
-
-    def wait(self, timeout: float | None) -> Any:
-        """Block until something has happened, ``wake`` was called, or ``timeout`` seconds have passed.
-
-        The only method that may run while another thread is in one of the others.
-
-        Returns:
-            What ``take_events`` wants to know.
-        """
-
-    def take_events(self, ready: Any) -> list[Event]:
-        """What happened, after ``wait``; must not block."""
+    def wait(self, timeout: float | None) -> list[Event]:
+        """What happened; blocks until something has, ``wake`` was called, or ``timeout`` seconds have passed."""
 
     def wake(self) -> None:
         """Have ``wait`` return soon. Takes no lock, so finalizers may call it."""

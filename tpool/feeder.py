@@ -102,7 +102,7 @@ class Feeder:
         index = self._drawn
         self._drawn += 1
         try:
-            payload = self._handler.engine.encode(item)
+            payload = self._handler.engine.encode(item, patient=True)
         except BaseException as error:
             self._stream.resolve(index, Failure(error))
             return
@@ -123,7 +123,7 @@ class Feeder:
         return limit
 
     def _has_room(self) -> bool:
-        return self._drawn - self._stream.consumed < self._limit()
+        return self._stream.unbounded or self._drawn - self._stream.consumed < self._limit()
 
     def _wait_for_room(self) -> None:
         stream = self._stream
@@ -131,7 +131,7 @@ class Feeder:
             limit = self._limit()
             # Woken at a quarter free, not at each item: a switch of threads costs more than drawing an item.
             stream.feeder_waits_below = self._drawn - limit + max(1, limit // 4)
-            if self._drawn - stream.consumed < limit:
+            if stream.unbounded or self._drawn - stream.consumed < limit:
                 stream.feeder_waits_below = -1
                 return
             stream.room.get()

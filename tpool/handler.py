@@ -6,9 +6,8 @@
 
 No user code runs in this thread, and it never waits for memory or for a caller.
 
-A caller that finds nobody at work empties the inbox itself: its task is on the way to a worker before this thread
-would have woken up, which saves one of the four wake-ups of an ``apply``. Whoever holds ``_turn`` is the loop at that
-moment; scheduler and engine belong to it.
+A caller could run the scheduler itself and save one of the four wake-ups of an ``apply``. It must not: a signal
+handler (Ctrl-C) may raise between any two steps of the main thread, and would leave the scheduler torn.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from __future__ import annotations
 import atexit
 import itertools
 import logging
-import math
 import os
 import signal
 import threading
@@ -76,12 +74,13 @@ class Handler:
         name: of the pool, for threads and messages.
 
     Shared data: ``_inbox`` and ``_sinks`` are written by callers and read here, each in single atomic steps;
-    ``_asleep`` is set here and cleared by whoever wakes this thread; callers append before they look, this thread sets
-    it before it looks at the inbox: one of the two always notices.
+    ``_asleep`` is written here and read by callers, who append before they look, while this thread sets it before it
+    looks at the inbox: one of the two always notices.
     """
 
     def __init__(self, engine: Engine, scheduler: Scheduler, callbacks: Callbacks, name: str) -> None:
         self.engine = engine
+        engine.may_give_back = self._may_give_back
         self._scheduler = scheduler
         self._callbacks = callbacks
         self._pid = os.getpid()
@@ -89,8 +88,6 @@ class Handler:
         self._sinks: dict[JobId, Sink] = {}
         self._job_ids = itertools.count(1)
         self._asleep = False
-        self._asleep_until = 0.0
-        self._turn = threading.Lock()
         self._followups: deque[Event] = deque()
         self._begun = threading.Event()
         self._ended = threading.Event()
@@ -133,15 +130,11 @@ class Handler:
         return job
 
     def open_single(self, sink: Sink, mode: int, payload: Encoded) -> None:
-        """Make a job of one task known, submit it, and send it at once if nobody else is at work."""
+        """Make a job of one task known, and submit it; the handler is woken once."""
         job = JobId(next(self._job_ids))
         self._sinks[job] = sink
         self.engine.open_job(job, mode, None)
-        self._inbox.extend((JobOpened(job), Task(job, 0, payload), JobSealed(job)))
-        if self._ended.is_set():
-            self._abandon_all()
-        elif self._begun.is_set():
-            self._work_off_inbox()
+        self._post(JobOpened(job), Task(job, 0, payload), JobSealed(job))
 
     def submit(self, task: Task) -> None:
         """Add a task to the end of its job."""
@@ -149,8 +142,12 @@ class Handler:
 
     def post(self, item: Event | Task) -> None:
         """Tell the scheduler; takes no lock, so finalizers may call it."""
-        self._inbox.append(item)
-        self._wake_if_asleep()
+        self._post(item)
+
+    def _post(self, *items: Event | Task) -> None:
+        self._inbox.extend(items)
+        if self._asleep:
+            self.engine.wake()
         if self._ended.is_set():
             self._abandon_all()
 
@@ -169,6 +166,15 @@ class Handler:
         """Whether the pool has come to its end."""
         return self._ended.is_set()
 
+    def lift_back_pressure(self) -> None:
+        """Let streams run to their end though nobody consumes them: somebody waits for the end of all work."""
+        for sink in list(self._sinks.values()):
+            sink.lift_back_pressure()
+
+    def _may_give_back(self) -> bool:
+        """Whether a caller may yet take a result and so give its memory back; see Engine."""
+        return any(sink.has_consumable() for sink in list(self._sinks.values()))
+
     def forget_pool(self, description: str) -> None:
         """The pool object was collected; called by its finalizer."""
         if self._ended.is_set() or os.getpid() != self._pid:
@@ -185,40 +191,14 @@ class Handler:
 
     def _run(self) -> None:
         try:
-            with self._turn:
-                self._carry_out(self._scheduler.begin())
-                self._begun.set()
-                while not self._ended.is_set():
-                    self._take_inbox()
-                    self._take_events()
+            self._carry_out(self._scheduler.begin())
+            self._begun.set()
+            while not self._ended.is_set():
+                self._take_inbox()
+                self._take_events()
         except BaseException as error:  # our bug; whoever waits must hear of it
             logger.exception("the pool's handler failed")
             self._collapse(error)
-
-    def _work_off_inbox(self) -> None:
-        """Be the loop until the inbox is empty, unless somebody else is."""
-        while self._inbox:
-            if not self._turn.acquire(blocking=False):
-                # Whoever has the turn looks at the inbox before it gives it up; but the handler may have looked already
-                # and be on its way to sleep.
-                self._wake_if_asleep()
-                return
-            try:
-                self._take_inbox()
-            except BaseException as error:
-                logger.exception("the pool's handler failed")
-                self._collapse(error)
-                return
-            finally:
-                self._turn.release()
-        wake_at = self._scheduler.wake_at
-        if wake_at is not None and wake_at < self._asleep_until:
-            self._wake_if_asleep()
-
-    def _wake_if_asleep(self) -> None:
-        if self._asleep:
-            self._asleep = False  # one call to wake is enough for all that is posted until it sleeps again
-            self.engine.wake()
 
     def _take_inbox(self) -> None:
         inbox = self._inbox
@@ -236,22 +216,14 @@ class Handler:
         if self._ended.is_set():
             return
         self._asleep = True
-        self._asleep_until = math.inf
         timeout: float | None = None
         if self._inbox:
             timeout = 0.0
         elif self._scheduler.wake_at is not None:
             timeout = max(0.0, self._scheduler.wake_at - monotonic())
-            self._asleep_until = self._scheduler.wake_at
-        if timeout != 0.0:
-            timeout = self.engine.prepare_wait(timeout)
-        self._turn.release()
-        try:
-            ready = self.engine.wait(timeout)
-        finally:
-            self._turn.acquire()
+        events = self.engine.wait(timeout)
         self._asleep = False
-        for event in self.engine.take_events(ready):
+        for event in events:
             self._handle(event)
         wake_at = self._scheduler.wake_at
         if wake_at is not None and monotonic() >= wake_at:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 from multiprocessing.context import BaseContext
+from typing import cast
 
 from tpool.local.cpus import available_cpus
 from tpool.tensors.budget import default_budget_nbytes
+from tpool.tensors.storages import Sharing
 
 START_METHODS = ("forkserver", "fork", "spawn")
 
@@ -49,11 +51,11 @@ def check_preload(preload: Iterable[str]) -> tuple[str, ...]:
     return tuple(preload)
 
 
-def check_sharing(sharing: str) -> str:
+def check_sharing(sharing: str) -> Sharing:
     """How storages are sent."""
     if sharing not in ("share", "copy"):
         raise ValueError(f"sharing must be 'share' or 'copy', not {sharing!r}")
-    return sharing
+    return cast("Sharing", sharing)
 
 
 def start_method(context: str | BaseContext | None) -> str:

@@ -364,6 +364,9 @@ class Pool:
         self._check_process()
         if self._state == "RUN" and not self._handler.ended:
             raise ValueError("Pool is still running")
+        # The standard library has drawn all of an imap's input by now; ours is drawn for whoever consumes. If nobody
+        # does, there would be no end.
+        self._handler.lift_back_pressure()
         if not (self._handler.join(timeout) and self._callbacks.join(timeout)):
             raise multiprocessing.TimeoutError(f"the pool did not end within {timeout} seconds")
 

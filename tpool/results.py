@@ -79,6 +79,12 @@ class Sink(Protocol):
     def finish(self) -> None:
         """Every task has its outcome."""
 
+    def has_consumable(self) -> bool:
+        """Whether it holds a result that its consumer can take one by one, and so give its memory back."""
+
+    def lift_back_pressure(self) -> None:
+        """Take results as they come, consumed or not."""
+
     def abandon(self, failure: Failure | SharedFailure) -> None:
         """The pool has ended: whatever has no outcome yet has this one. May come from any thread, and twice."""
 
@@ -235,6 +241,13 @@ class AsyncResult(Generic[T]):
 
     def finish(self) -> None:
         """See Sink."""
+
+    def has_consumable(self) -> bool:
+        """See Sink: these hold what they have until it is all there."""
+        return False
+
+    def lift_back_pressure(self) -> None:
+        """See Sink: there is none."""
 
     def abandon(self, failure: Failure | SharedFailure) -> None:
         """See Sink."""

@@ -34,6 +34,7 @@ class Stream:
         self.consumed = 0
         self.seconds = 0.0  # of the latest result: how long its task ran
         self.cancelled = False
+        self.unbounded = False  # nobody may ever consume, and somebody waits for the end
         # Wakes the feeder; SimpleQueue.put may be called from a finalizer.
         self.room: SimpleQueue[None] = SimpleQueue()
         self.feeder_waits_below = -1
@@ -125,6 +126,15 @@ class Stream:
 
     def finish(self) -> None:
         """See Sink."""
+
+    def has_consumable(self) -> bool:
+        """See Sink."""
+        return self._next in self._by_index if self._ordered else bool(self._as_arrived)
+
+    def lift_back_pressure(self) -> None:
+        """See Sink."""
+        self.unbounded = True
+        self.room.put(None)
 
     def abandon(self, failure: Failure | SharedFailure) -> None:
         """See Sink."""

@@ -148,7 +148,7 @@ def terminate_long_queue(env: Env):
         env.raises(lambda result=result: result.get(3), env.needs_tpool("PoolTerminatedError"))
 
 
-@case(6, "terminate at once after the pool was made", needs="terminate", spawn=True)
+@case(6, "terminate at once after the pool was made", needs="terminate")
 def terminate_at_once(env: Env):
     for _ in range(3):
         pool = env.pool(4)
@@ -173,7 +173,7 @@ def join_with_timeout(env: Env):
     pool.join()
 
 
-@case(6, "`close` and `join`: all work is finished first", spawn=True)
+@case(6, "`close` and `join`: all work is finished first")
 def close_and_join(env: Env):
     pool = env.pool(2)
     results = [pool.apply_async(nap, (0.01,)) for _ in range(50)]
@@ -182,7 +182,7 @@ def close_and_join(env: Env):
     assert [result.get(0.5) for result in results] == [0.01] * 50
 
 
-@case(6, "`close`, then `join`, after partly consumed iterators", needs="imap", spawn=True)
+@case(6, "`close`, then `join`, after partly consumed iterators", needs="imap")
 def join_after_partial_imap(env: Env):
     pool = env.pool(2)
     iterators = [pool.imap(square, range(1000)), pool.imap_unordered(square, range(1000))]
@@ -273,7 +273,7 @@ def terminate_from_thread(env: Env):
     pool.join()
 
 
-@case(6, "`terminate` from a callback", needs="terminate callback", spawn=True)
+@case(6, "`terminate` from a callback", needs="terminate callback")
 def terminate_from_callback(env: Env):
     pool = env.pool(2)
     ended = threading.Event()
@@ -289,7 +289,7 @@ def terminate_from_callback(env: Env):
     env.raises(lambda: waiting.get(3), env.needs_tpool("PoolTerminatedError"))
 
 
-@case(6, "`terminate` in a signal handler", needs="terminate", spawn=True)
+@case(6, "`terminate` in a signal handler", needs="terminate")
 def terminate_in_signal_handler(env: Env):
     # The signal arrives anywhere: while locks of ours are held, while a task is submitted.
     for delay in (0.05, 0.2, 0.35):
@@ -331,7 +331,7 @@ def terminate_under_submission(env: Env):
     assert not env.is_tpool or all(isinstance(error, env.needs_tpool("PoolEndedError")) for error in ends), ends
 
 
-@case(6, "close twice, terminate twice, in any order", needs="terminate", spawn=True)
+@case(6, "close twice, terminate twice, in any order", needs="terminate")
 def ended_twice(env: Env):
     for order in ("cct", "tt", "tc", "ctc"):
         pool = env.pool(1)

@@ -20,17 +20,20 @@ class Meter:
 
     def _read(self):
         gc.collect()
-        memory = {pid: procs.private_nbytes(pid) for pid in self.pids}
+        memory = {pid: procs.memory_nbytes(pid) for pid in self.pids}
         return memory, {pid: procs.fd_count(pid) for pid in self.pids}, procs.thread_count()
 
-    def assert_flat(self, env: Env, nbytes=24 * MEGA, fds=3, threads=1):
+    def assert_flat(self, env: Env, own=24 * MEGA, shared=64 * MEGA, fds=3, threads=1):
         memory, descriptors, running = self._read()
-        grown = {pid: (memory[pid] - self.before[0][pid]) / MEGA for pid in self.pids}
-        env.note("grown by " + ", ".join(f"{value:.1f} MB" for value in grown.values()))
         for pid in self.pids:
-            assert grown[pid] * MEGA < nbytes, f"process {pid} grew by {grown[pid]:.1f} MB"
+            who = "the caller" if pid == "self" else "a worker"
+            grown = [now - before for now, before in zip(memory[pid], self.before[0][pid], strict=True)]
+            text = f"{who} grew by {grown[0] / MEGA:.1f} MB and {grown[1] / MEGA:.1f} MB of shared memory"
+            env.note(text)
+            assert grown[0] < own, text
+            assert grown[1] < shared, text
             more = descriptors[pid] - self.before[1][pid]
-            assert more <= fds, f"process {pid} has {more} descriptors more"
+            assert more <= fds, f"{who} has {more} descriptors more"
         assert running - self.before[2] <= threads, f"{running - self.before[2]} threads more"
 
 
@@ -38,7 +41,7 @@ def same(tensor):
     return tensor + 1
 
 
-@case(10, "2,000 rounds of a 1 MB tensor both ways", needs="torch", deadline=90, spawn=True)
+@case(10, "2,000 rounds of a 1 MB tensor both ways", needs="torch", deadline=90)
 def rounds_of_tensor(env: Env):
     import torch
 
@@ -90,22 +93,31 @@ def small_tasks(env: Env):
     meter.assert_flat(env)
 
 
-@case(10, "200 recycled workers", needs="maxtasks", deadline=110, methods=("forkserver", "fork"))
-def recycled_workers(env: Env):
+def recycle(env: Env, count):
     pool = env.pool(2, maxtasksperchild=1)
     assert pool.map(square, range(20), chunksize=1) == [value * value for value in range(20)]
     meter = Meter()
     before = len(procs.family("FAULTS_RUN=" + _run()))
-    assert pool.map(square, range(200), chunksize=1) == [value * value for value in range(200)]
+    assert pool.map(square, range(count), chunksize=1) == [value * value for value in range(count)]
     # Two that start and two that end may be there beside the two that work.
     assert procs.wait_until(lambda: len(procs.family("FAULTS_RUN=" + _run())) <= before + 2, 5), "processes grow"
     meter.assert_flat(env, fds=6)
 
 
-@case(10, "10 recycled workers (`spawn`)", needs="maxtasks", deadline=90, methods=("spawn",), spawn=True)
+@case(10, "200 recycled workers", needs="maxtasks", deadline=110, methods=("forkserver",))
+def recycled_workers(env: Env):
+    recycle(env, 200)
+
+
+@case(10, "40 recycled workers (`fork`)", needs="maxtasks", deadline=110, methods=("fork",))
+def recycled_forked(env: Env):
+    recycle(env, 40)
+
+
+@case(10, "6 recycled workers (`spawn`)", needs="maxtasks", deadline=90, methods=("spawn",), spawn=True)
 def recycled_spawned(env: Env):
     pool = env.pool(2, maxtasksperchild=1)
-    assert pool.map(square, range(10), chunksize=1) == [value * value for value in range(10)]
+    assert pool.map(square, range(6), chunksize=1) == [value * value for value in range(6)]
 
 
 def _run():
@@ -120,7 +132,7 @@ def tensor_1mb(value):
     return torch.full((MEGA // 4,), float(value))
 
 
-@case(10, "abandoned iterators release their results", needs="torch imap", deadline=60, spawn=True)
+@case(10, "abandoned iterators release their results", needs="torch imap", deadline=60)
 def abandoned_iterators(env: Env):
     # 20 times 16 MB under a budget of 64 MB: it would be spent if what nobody wants were kept.
     pool = env.pool(2, memory="64MB")

@@ -53,7 +53,7 @@ def close_standard_fds():
     return "done"
 
 
-@case(8, "print to closed streams", prints=True, spawn=True)
+@case(8, "print to closed streams", prints=True)
 def closed_streams(env: Env):
     pool = env.pool(2)
     outcome = own_outcome(env, pool, close_stdout)
@@ -133,7 +133,7 @@ def half_a_frame():
     time.sleep(1000)
 
 
-@case(8, "garbage written into the worker's own channel", needs="tpool", prints=True, spawn=True)
+@case(8, "garbage written into the worker's own channel", needs="tpool", prints=True)
 def garbage_in_channel(env: Env):
     outcome = own_outcome(env, env.pool(2), garbage_in)
     if outcome != "done":
@@ -173,7 +173,7 @@ def change_handlers():
     return "done"
 
 
-@case(8, "change signal handlers, block all signals; then `terminate`", needs="terminate", spawn=True)
+@case(8, "change signal handlers, block all signals; then `terminate`", needs="terminate")
 def changed_handlers(env: Env):
     pool = env.pool(2)
     assert own_outcome(env, pool, change_handlers) == "done"
@@ -227,7 +227,7 @@ def leave_thread(daemon):
     return "done"
 
 
-@case(8, "a task leaves a thread that never ends; then `close` and `join`", spawn=True)
+@case(8, "a task leaves a thread that never ends; then `close` and `join`")
 def left_thread(env: Env):
     pool = env.pool(2)
     assert own_outcome(env, pool, leave_thread, True) == "done"

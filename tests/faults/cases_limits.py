@@ -65,7 +65,7 @@ def play(env: Env, name: str, seconds: float = 60, wrapper=()):
     started.assert_all_gone()
 
 
-@case(7, "`ulimit -n 256` with 5,000 live tensors both ways", needs="torch", deadline=80, spawn=True)
+@case(7, "`ulimit -n 256` with 5,000 live tensors both ways", needs="torch", deadline=80)
 def descriptors(env: Env):
     play(env, "few_descriptors")
 
@@ -177,7 +177,7 @@ def budget_of_map(env: Env):
     assert float(pool.apply_async(ones, (40 * MEGA,)).get(20).sum()) == 10 * MEGA
 
 
-@case(7, "a stream of ten times the budget: the sender waits for give-backs", needs="tpool", spawn=True)
+@case(7, "a stream of ten times the budget: the sender waits for give-backs", needs="tpool")
 def budget_of_stream(env: Env):
     pool = env.pool(2, memory="64MB")
     count = 0

@@ -150,7 +150,7 @@ def ends_well(env: Env, name, status, tracebacks, seconds=1.0):
     assert took < seconds * SLACK, f"the interpreter took {took:.1f} s to end"
 
 
-@case(4, "the interpreter ends with a live idle pool", deadline=60, spawn=True)
+@case(4, "the interpreter ends with a live idle pool", deadline=60)
 def exit_with_idle_pool(env: Env):
     ends_well(env, "ends_idle", 0, 0)
 
@@ -237,7 +237,7 @@ def interrupted_then_used(env: Env):
     env.end(pool)
 
 
-@case(4, "Ctrl-C in `map`, caught: the pool is usable or cleanly ended", deadline=60, spawn=True)
+@case(4, "Ctrl-C in `map`, caught: the pool is usable or cleanly ended", deadline=60)
 def ctrl_c_caught(env: Env):
     started = ready(env, "interrupted_then_used")
     begin = ctrl_c(env, started)
@@ -269,7 +269,7 @@ def notebook(env: Env):
         console.runsource(cell, symbol="exec")
 
 
-@case(4, "Ctrl-C in a notebook (cells typed into `__main__`)", deadline=60, needs="tpool", spawn=True)
+@case(4, "Ctrl-C in a notebook (cells typed into `__main__`)", deadline=60, needs="tpool")
 def ctrl_c_notebook(env: Env):
     started = ready(env, "notebook")
     ctrl_c(env, started)
@@ -283,7 +283,7 @@ def ctrl_c_notebook(env: Env):
 # The pool is dropped -----------------------------------------------------------------------------------------------
 
 
-@case(4, "a pool is collected without `close`: its processes go", spawn=True)
+@case(4, "a pool is collected without `close`: its processes go")
 def collected(env: Env):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -388,7 +388,7 @@ def user_forks_and_drops(env: Env):
     env.end(kept[0])
 
 
-@case(4, "a `multiprocessing.Process` of the user's (fork) beside a live pool", spawn=True)
+@case(4, "a `multiprocessing.Process` of the user's (fork) beside a live pool")
 def user_process(env: Env):
     pool = env.pool(2)
     pids = env.worker_pids(pool)

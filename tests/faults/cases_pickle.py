@@ -183,7 +183,7 @@ def argument_of_map_unreadable(env: Env):
     fails_alone(env, lambda: pool.map_async(identity, [1, Unreadable(), 3]).get(10), "cannot be restored", pool=pool)
 
 
-@case(3, "an argument whose module the worker cannot import", spawn=True)
+@case(3, "an argument whose module the worker cannot import")
 def module_missing(env: Env):
     pool = env.pool(2)
     env.worker_pids(pool)  # started before the module's directory is on the path

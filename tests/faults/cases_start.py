@@ -46,7 +46,7 @@ def first_failure(env: Env, initializer, processes=2, kinds=Exception):
 
     def make_and_use():
         pool = env.pool(processes, initializer=initializer)
-        return pool.apply_async(square, (3,)).get(15)
+        return pool.apply_async(square, (3,)).get(25)
 
     error = env.raises(make_and_use, kinds)
     # Whoever starts workers for ever goes on doing so; give it a moment in which to show that.

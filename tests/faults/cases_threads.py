@@ -9,7 +9,7 @@ import threading
 import time
 
 from . import procs
-from .script import Env, case, main, mark, nap, refuse_timeout, square
+from .script import Env, case, main, nap, square
 
 
 def in_threads(count, function):
@@ -35,7 +35,7 @@ def twice(value):
     return value * 2
 
 
-@case(9, "8 threads, each with maps on one pool", spawn=True)
+@case(9, "8 threads, each with maps on one pool")
 def eight_threads(env: Env):
     pool = env.pool(2)
 
@@ -48,7 +48,7 @@ def eight_threads(env: Env):
     in_threads(8, act)
 
 
-@case(9, "8 threads, each with maps of small tensors on one pool", needs="torch", spawn=True)
+@case(9, "8 threads, each with maps of small tensors on one pool", needs="torch")
 def eight_threads_of_tensors(env: Env):
     import torch
 
@@ -67,7 +67,7 @@ def eight_threads_of_tensors(env: Env):
 # Callbacks ---------------------------------------------------------------------------------------------------------
 
 
-@case(9, "a callback that submits the next task, fifty deep", needs="callback", spawn=True)
+@case(9, "a callback that submits the next task, fifty deep", needs="callback")
 def callback_submits(env: Env):
     pool = env.pool(2)
     done, seen = threading.Event(), []
@@ -168,7 +168,7 @@ def total(tensor):
     return float(tensor.sum())
 
 
-@case(9, "two pools send the same tensor at the same time", needs="torch", spawn=True)
+@case(9, "two pools send the same tensor at the same time", needs="torch")
 def two_pools_one_tensor(env: Env):
     import torch
 
@@ -198,7 +198,7 @@ def nested(adapter, method, depth):
         adapter.end(pool)
 
 
-@case(9, "a pool inside a task, three deep", deadline=90, spawn=True)
+@case(9, "a pool inside a task, three deep", deadline=90)
 def pool_in_pool(env: Env):
     pool = env.pool(1)
     assert pool.apply_async(nested, (env.adapter, env.method, 3)).get(80) == 4
@@ -279,13 +279,13 @@ def blocks_at(count, event):
     yield count
 
 
-@case(9, "a generator blocks for ever in `imap`: others go on, `terminate` works", needs="imap terminate", spawn=True)
+@case(9, "a generator blocks for ever in `imap`: others go on, `terminate` works", needs="imap terminate")
 def generator_blocks(env: Env):
     pool = env.pool(2)
     event = threading.Event()
     try:
         results = pool.imap(square, blocks_at(3, event))
-        got = [results.next(10) for _ in range(3)]
+        got = [results.next(20) for _ in range(3)]
         assert got == [0, 1, 4], got
         with env.within(1.0, "other tasks"):
             env.usable(pool)
@@ -306,7 +306,7 @@ def generator_uses_pool(env: Env):
     assert got == [value**4 for value in range(10)], got
 
 
-@case(9, "an iterator is consumed by four threads: each item once", needs="imap iterator", spawn=True)
+@case(9, "an iterator is consumed by four threads: each item once", needs="imap iterator")
 def iterator_of_threads(env: Env):
     pool = env.pool(2)
     results, got = pool.imap_unordered(square, range(400)), []
@@ -337,7 +337,7 @@ def endless_generator(env: Env):
     assert len(drawn) <= 2000, "it is drawn without end"
 
 
-@case(9, "a small `apply` beside a large `map`", spawn=True)
+@case(9, "a small `apply` beside a large `map`")
 def small_beside_large(env: Env):
     pool = env.pool(2)
     large = pool.map_async(nap, [0.002] * 3000, chunksize=1)
@@ -370,31 +370,25 @@ def raise_alarm(*_):
     raise InterruptedError("enough")
 
 
-@case(9, "a signal handler that raises in the caller, at any moment", deadline=60)
+@case(9, "a signal handler that raises in the caller, at any moment", deadline=60, prints=True)
 def raising_handler(env: Env):
-    # Whatever was being submitted or waited for, the pool must stay whole.
+    # Whatever was being submitted or waited for, the pool must stay whole. (Raised inside a finaliser, the exception
+    # is printed and lost; raised while a result is unpickled, it is why that failed.)
     pool = env.pool(2)
     env.worker_pids(pool)
     signal.signal(signal.SIGALRM, raise_alarm)
     for turn in range(40):
+        signal.setitimer(signal.ITIMER_REAL, 0.001 + turn * 0.0007)
+        end = time.monotonic() + 0.1
         try:
-            signal.setitimer(signal.ITIMER_REAL, 0.001 + turn * 0.0007)
-            try:
-                while True:
-                    pool.map(square, range(50))
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
+            while time.monotonic() < end:
+                assert pool.map(square, range(50)) == [value * value for value in range(50)]
         except InterruptedError:
             continue
         except Exception as error:
-            refuse_timeout(error)
-            raise
+            if not isinstance(error.__cause__, InterruptedError):
+                raise
     env.usable(pool)
-
-
-def work_and_mark(value):
-    mark("ran", value)
-    return os.getpid()
 
 
 @case(9, "an idle pool makes no wake-ups: it uses no processor time", needs="tpool")

@@ -121,7 +121,7 @@ def doubled(tensor):
     return tensor * 2
 
 
-@case(1, "a worker dies after its tensor was received: the tensor stays intact", needs="torch", spawn=True)
+@case(1, "a worker dies after its tensor was received: the tensor stays intact", needs="torch")
 def tensor_outlives_worker(env: Env):
     pool = env.pool(1)
     tensor, pid = pool.apply(ones, (1_000_000,))

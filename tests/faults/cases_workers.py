@@ -59,7 +59,7 @@ def kill_among_others(env: Env):
     env.usable(pool)
 
 
-@case(1, "SIGKILL in a task of `map`", spawn=True)
+@case(1, "SIGKILL in a task of `map`")
 def kill_map(env: Env):
     pool = env.shared()
     env.lost(lambda: pool.map(tell_or_die, range(10), chunksize=1), KILL, "tell_or_die")
@@ -377,7 +377,7 @@ def kill_after_result(env: Env):
         assert other != pid
 
 
-@case(1, "tasks that wait for each other: a barrier over `map(chunksize=1)` of as many workers", spawn=True)
+@case(1, "tasks that wait for each other: a barrier over `map(chunksize=1)` of as many workers")
 def barrier(env: Env):
     pool = env.pool(4)
     assert len(set(pool.map(meet_4, ["first"] * 4, chunksize=1))) == 4
@@ -404,7 +404,7 @@ def long_and_short(env: Env):
     long.get(20)
 
 
-@case(1, "time to detection, median of seven kills", spawn=True)
+@case(1, "time to detection, median of seven kills")
 def detection_time(env: Env):
     pool = env.pool(2)
     env.worker_pids(pool)

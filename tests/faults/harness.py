@@ -27,7 +27,7 @@ from typing import Any
 
 from . import procs
 from .adapters import ADAPTERS
-from .script import CASES, DEADLINE_FACTOR, EXIT_DEADLINE, METHODS, SLACK, Case
+from .script import CASES, EXIT_DEADLINE, METHODS, SLACK, Case
 
 MODULES = (
     "cases_workers",
@@ -215,7 +215,7 @@ class _Interpreter:
 
     def _wait(self, popen: subprocess.Popen[bytes]) -> bool:
         """Waits for the interpreter; True if it had to be killed, which its own watchdog should have done."""
-        deadline = sum(CASES[name].deadline for name in self.names) * DEADLINE_FACTOR
+        deadline = sum(CASES[name].seconds(self.batch.method) for name in self.names)
         end = time.monotonic() + deadline + 30
         leaving = None
         while popen.poll() is None:

@@ -96,13 +96,14 @@ def thread_count(pid: int | str = "self") -> int:
     return len(os.listdir(f"/proc/{pid}/task"))
 
 
-def private_nbytes(pid: int | str = "self") -> int:
-    """Memory that only this process uses, so pages shared with a pool do not count."""
-    total = 0
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith(("Private_Clean", "Private_Dirty")):
-            total += int(line.split()[1]) * 1024
-    return total
+def memory_nbytes(pid: int | str = "self") -> tuple[int, int]:
+    """Resident memory of this process: its own (heap, stack), and what it has mapped of shared memory.
+
+    By kind and not by who shares it: pages that a forked child still shares would count as ours only later.
+    """
+    text = Path(f"/proc/{pid}/status").read_text()
+    found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("Rss")}
+    return found["RssAnon"], found["RssShmem"]
 
 
 def shm_entries() -> set[str]:

@@ -79,6 +79,10 @@ class Case:
     def name(self) -> str:
         return self.function.__name__
 
+    def seconds(self, method: str) -> float:
+        """The deadline for a start method: workers of ``spawn`` import torch each time."""
+        return self.deadline * DEADLINE_FACTOR * (2 if method == "spawn" else 1)
+
     @property
     def module(self) -> str:
         return self.function.__module__.rpartition(".")[2]
@@ -490,7 +494,7 @@ def _run(one: Case, env: Env, first: bool) -> None:
     before, fds = {other.pid for other in _others()}, procs.fd_count()
     _report(event="start", case=one.name)
     begin = time.monotonic()
-    faulthandler.dump_traceback_later(one.deadline * DEADLINE_FACTOR, exit=True, file=dump)
+    faulthandler.dump_traceback_later(one.seconds(env.method), exit=True, file=dump)
     outcome = _play(one, env)
     seconds = time.monotonic() - begin
     outcome = _clear_up(env, outcome, lambda: _assert_nothing_grew(env, before, fds, first))

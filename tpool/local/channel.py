@@ -20,11 +20,8 @@ import socket
 import struct
 from collections import deque
 from dataclasses import dataclass
-from typing import NewType
 
 from tpool.errors import ProtocolError
-
-FrameKind = NewType("FrameKind", int)
 
 HEADER = struct.Struct("<IHBB")
 MAGIC = 0x74
@@ -43,7 +40,7 @@ _ANCILLARY_NBYTES = socket.CMSG_SPACE(MAX_FDS_PER_WRITE * 4)
 class Frame:
     """One message as it was read; whoever takes it owns its descriptors."""
 
-    kind: FrameKind
+    kind: int
     body: bytes
     fds: list[int]
 
@@ -206,7 +203,7 @@ class Channel:
             if fd_count > len(self._received_fds):
                 raise ProtocolError(f"a frame claims {fd_count} descriptors, {len(self._received_fds)} arrived")
             fds = [self._received_fds.popleft() for _ in range(fd_count)] if fd_count else []
-            frames.append(Frame(FrameKind(kind), data[position + HEADER.size : position + need], fds))
+            frames.append(Frame(kind, data[position + HEADER.size : position + need], fds))
             position += need
             need = HEADER.size
         self._have_nbytes = end - position

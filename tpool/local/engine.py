@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +26,7 @@ from tpool.engine import WorkerAction
 from tpool.errors import ProtocolError
 from tpool.local import wire
 from tpool.local.channel import Channel, channel_pair
+from tpool.local.hunger import STARVING_SECONDS, Hunger
 from tpool.local.launch import Launched, Launcher, LaunchEvent, LaunchFailed, Reaped
 from tpool.local.member import Jobs, Member, Traffic
 from tpool.local.setup import PoolMemory, Settings, make_launcher
@@ -44,9 +44,6 @@ from tpool.messages import (
 )
 from tpool.tensors.payload import Payload
 
-# How often the handler looks for memory that died without a message while somebody waits for some.
-STARVING_SECONDS = 0.01
-
 Source = Callable[[int, list[Event]], None]
 
 
@@ -62,10 +59,9 @@ class LocalEngine:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self.traffic = Traffic()
-        # Callers wait here for memory; the handler's thread says when some may have come back.
-        self._memory_news = threading.Condition(threading.Lock())
-        self._memory_waiters = 0
-        self._memory = PoolMemory(settings, self._wait_for_memory)
+        self._hunger = Hunger(self.wake)
+        self.may_give_back: Callable[[], bool] = lambda: False
+        self._memory = PoolMemory(settings, self._hunger.wait)
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._jobs: Jobs = {}
         self._initializer: Payload | None = None
@@ -91,8 +87,9 @@ class LocalEngine:
 
     # Any thread -----------------------------------------------------------------------------------------------------
 
-    def encode(self, obj: Any) -> Payload:
+    def encode(self, obj: Any, patient: bool = False) -> Payload:
         """See Engine."""
+        self._hunger.set_patience(patient)
         return self._memory.codec.dumps(obj)
 
     def encoded_nbytes(self, encoded: Payload) -> int:
@@ -109,20 +106,6 @@ class LocalEngine:
         """See Engine."""
         with contextlib.suppress(OSError):  # closed meanwhile: nobody is left to wake
             os.eventfd_write(self._wake_fd, 1)
-
-    def _wait_for_memory(self, seconds: float) -> bool:
-        """In a thread that encodes: wait until some memory may have come back; see ``tensors.leases.Memory``."""
-        self._memory_waiters += (
-            1  # a lost update makes the handler notify once too often or too seldom; we look anyway
-        )
-        try:
-            self.wake()
-            with self._memory_news:
-                # Memory that this process itself drops is only found by looking, hence the short wait.
-                self._memory_news.wait(min(seconds, STARVING_SECONDS))
-        finally:
-            self._memory_waiters -= 1
-        return True
 
     # Actions --------------------------------------------------------------------------------------------------------
 
@@ -172,31 +155,28 @@ class LocalEngine:
 
     # Events ---------------------------------------------------------------------------------------------------------
 
-    def wait(self, timeout: float | None) -> list[tuple[int, int]]:
+    def wait(self, timeout: float | None) -> list[Event]:
         """See Engine."""
-        return self._epoll.poll(timeout)
-
-    def prepare_wait(self, timeout: float | None) -> float | None:
-        """Before the handler blocks: give back what died, so that nobody waits for it."""
-        self._memory.table.collect()
-        for member in self._members.values():
-            if member.pidfd is not None and not member.ended and member.put_news():
-                self._flush(member)
-        if self._memory_waiters or any(member.starving for member in self._members.values()):
-            return STARVING_SECONDS if timeout is None else min(timeout, STARVING_SECONDS)
-        return timeout
-
-    def take_events(self, ready: list[tuple[int, int]]) -> list[Event]:
-        """See Engine."""
+        ready = self._epoll.poll(0)
+        if not ready and timeout != 0:
+            self._tidy_up()
+            if self._hunger.check(self._members.values(), self.may_give_back):
+                timeout = STARVING_SECONDS if timeout is None else min(timeout, STARVING_SECONDS)
+            ready = self._epoll.poll(timeout)
         events: list[Event] = []
         for fd, mask in ready:
             source = self._sources.get(fd)
             if source is not None:  # an earlier one of this round may have closed it
                 source(mask, events)
-        if self._memory_waiters:
-            with self._memory_news:
-                self._memory_news.notify_all()
+        self._hunger.tell_news()
         return events
+
+    def _tidy_up(self) -> None:
+        """Before this thread blocks: give back what died, so that nobody waits for it."""
+        self._memory.table.collect()
+        for member in self._members.values():
+            if member.pidfd is not None and not member.ended and member.put_news():
+                self._flush(member)
 
     def _on_wake(self, mask: int, events: list[Event]) -> None:
         with contextlib.suppress(BlockingIOError):

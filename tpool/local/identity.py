@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from tpool.tensors.storages import Sharing
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
@@ -80,7 +82,7 @@ class Hello:
     ledger_index: int
     live_blocks: list[tuple[int, int]]
     has_tracker: bool
-    sharing: str
+    sharing: Sharing
 
 
 def assume(hello: Hello, tracker_fd: int | None) -> None:

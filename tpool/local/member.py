@@ -132,6 +132,7 @@ class Member:
         self._sent_jobs: set[JobId] = set()
         self._forget_jobs: list[int] = []
         self._unsettled = 0
+        self._held = 0  # tasks sent and neither answered nor taken back
         self._ready = False
         self._doomed = False  # to be killed as soon as it has a process
 
@@ -162,6 +163,7 @@ class Member:
         self._traffic.piped_nbytes += len(body)
         # Before the tasks: a worker that finds no claim believes that its tasks were taken back.
         os.eventfd_write(self.claims_fd, len(tasks))
+        self._held += len(tasks)
         self.channel.put(Kind.TASKS, body, tuple(fds))
         self.put_news()
 
@@ -213,10 +215,21 @@ class Member:
             return True
         return bool(give_backs)
 
+    def put_hopeless(self) -> None:
+        """Tell it that the memory it waits for will not come."""
+        self.starving = False
+        self.channel.put(Kind.HOPELESS, b"")
+
+    @property
+    def may_finish(self) -> bool:
+        """Whether it starts up or runs a task, and does not wait for memory: it may give some back soon."""
+        return not self.ended and not self.starving and (not self._ready or self._held > 0)
+
     def recall(self) -> int:
         """Take back what it has not started; returns how many tasks that are."""
         count = self.drain_claims()
         self._unsettled += count
+        self._held -= count
         return count
 
     def drain_claims(self) -> int:
@@ -246,10 +259,11 @@ class Member:
                 results = []
             self._understand_other(frame, events)
         if results:
-            self.starving = False
             events.append(TasksFinished(self.id, results))
 
     def _result(self, frame: Frame) -> tuple[JobId, int, Any, float]:
+        self.starving = False
+        self._held -= 1
         job, index, seconds, status, text_nbytes = wire.unpack_head(wire.RESULT, frame.body)
         start = wire.RESULT.size + text_nbytes
         text = frame.body[wire.RESULT.size : start].decode(errors="replace") if text_nbytes else ""

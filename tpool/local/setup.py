@@ -23,14 +23,14 @@ import torch
 from tpool.errors import PlatformError
 from tpool.local.cpus import available_cpus
 from tpool.local.identity import Hello, WorkerInfo
-from tpool.local.worker import Inheritance
 from tpool.local.launch import ForkLauncher, Launcher, SpawnLauncher, ZygoteLauncher
+from tpool.local.worker import Inheritance
 from tpool.tensors import leases
 from tpool.tensors.arena import Allocator, Arena, Ledger
 from tpool.tensors.definitions import Definitions
 from tpool.tensors.leases import Memory, Peer
-from tpool.tensors.payload import Payload
 from tpool.tensors.pickler import Codec
+from tpool.tensors.storages import Sharing
 
 logger = logging.getLogger("tpool")
 
@@ -55,7 +55,7 @@ class Settings:
     initargs: tuple[Any, ...]
     preload: tuple[str, ...]
     memory_nbytes: int
-    sharing: str
+    sharing: Sharing
     environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
     directory: str | None = field(default_factory=lambda: _working_directory())
     path: list[str] = field(default_factory=lambda: list(sys.path))
@@ -217,7 +217,7 @@ def make_launcher(
 
 def refuse_fork_after_cuda(method: str) -> None:
     """CUDA does not survive a fork; say so before anything hangs."""
-    if method == "fork" and torch.cuda.is_initialized():
+    if method == "fork" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         raise PlatformError(
             "context='fork' cannot be used after CUDA was initialised in this process: a forked worker could not use "
             "CUDA. Use the default start method, or make the pool before the first CUDA call"

@@ -36,7 +36,7 @@ class Kind(IntEnum):
     TASKS = 14
     FORGET = 15
     RETIRE = 16
-    TRIM = 17
+    HOPELESS = 17
 
     READY = 20
     INITIALIZER_FAILED = 21

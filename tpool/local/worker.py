@@ -30,7 +30,7 @@ import traceback
 from collections import deque
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from tpool.errors import MaybeEncodingError, ProtocolError, TpoolError
 from tpool.local import identity, wire
@@ -92,6 +92,9 @@ class Worker:
         self._retiring = False
         self._initializer: Received | None = None
         self._pid = os.getpid()
+        self._thread = threading.get_ident()
+        self._starving = False  # the parent was told, since the last reply, that we wait for memory
+        self._hopeless = False
         self._poll = select.poll()
         self._poll.register(self._channel.fileno(), select.POLLIN)
 
@@ -165,8 +168,8 @@ class Worker:
         while self._initializer is None:
             self._read()
         received, self._initializer = self._initializer, None
-        pair: Any = self._codec.loads(received)
-        return pair
+        function, arguments = cast("Initializer", self._codec.loads(received))
+        return function, arguments
 
     def _serve(self) -> None:
         while True:
@@ -223,8 +226,8 @@ class Worker:
             self._table.add(arena)
         elif kind == Kind.INITIALIZER:
             self._initializer = self._unpack(frame, 0)
-        elif kind == Kind.TRIM:
-            self._table.trim()
+        elif kind == Kind.HOPELESS:
+            self._hopeless = True
         elif kind == Kind.RETIRE:
             self._retiring = True
         else:
@@ -346,6 +349,7 @@ class Worker:
                     self._channel.put(Kind.ARENA, wire.pack_id(arena.id), (arena.fd,))
             self._table.lend(blocks, self._parent)
             blocks.clear()
+        self._starving = False
         self._channel.put(kind, head + wire.pack_payload(payload), tuple(payload.fds))
         self._queue_give_backs()
         self._channel.flush()
@@ -376,13 +380,20 @@ class Worker:
         """Tell the parent that memory is short and read what it gives back meanwhile.
 
         Returns:
-            False when no memory of ours is lent, so none can come back.
+            False when the parent says that none can come back.
         """
-        self._send(Kind.STARVING)
+        if os.getpid() != self._pid or threading.get_ident() != self._thread:
+            return False  # only the thread that reads the channel can wait for what comes through it
+        if not self._starving:
+            self._starving = True
+            self._hopeless = False
+            self._send(Kind.STARVING)
+        else:
+            self._flush_give_backs()
         if self._poll.poll(seconds * 1000):
             for frame in self._channel.receive():
                 self._handle(frame)
-        return True
+        return not self._hopeless
 
 
 def worker_main(sock_fd: int, claims_fd: int, inherited: Inheritance | None = None) -> NoReturn:

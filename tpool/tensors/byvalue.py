@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import builtins
 import copyreg
+import ctypes
 import dataclasses
 import enum
 import functools
@@ -37,6 +38,7 @@ from tpool.tensors.names import (
     importable,
     is_class,
     is_function,
+    is_python_class,
     main_namespace,
 )
 
@@ -185,8 +187,11 @@ def reduce_skeleton(cls: type) -> tuple[Callable[..., type], tuple[Any, ...]]:
         if attribute in vars(cls):
             namespace[attribute] = getattr(cls, attribute)
     namespace["__qualname__"] = cls.__qualname__
+    metaclass: type | None = type(cls)
     builder = next(kind for kind in type(cls).__mro__ if importable(kind))
-    return _make_class, (type(cls), builder, name, bases, namespace, tracker)
+    if not importable(metaclass) and not is_python_class(metaclass):
+        metaclass = None  # that of ctypes.Structure, say, which has no name; a base will tell
+    return _make_class, (metaclass, builder, name, bases, namespace, tracker)
 
 
 def _make_class(
@@ -194,6 +199,8 @@ def _make_class(
 ) -> type:
     """An empty class; a metaclass that travels by value is not asked, but the ``builder`` that it derives from is."""
     resolved = types.resolve_bases(bases)
+    if metaclass is None:
+        metaclass = builder = type(resolved[0])
     cls = builder.__new__(metaclass, name, resolved, namespace)
     builder.__init__(cls, name, resolved, namespace)
     return _cloudpickle._lookup_class_or_track(tracker, cls)  # type: ignore[no-any-return]
@@ -215,13 +222,20 @@ def class_attributes(cls: type) -> tuple[dict[str, Any], dict[str, Any], dict[st
     for name, value in attributes.items():
         if name in ("__orig_bases__", "__slots__"):
             continue  # in the skeleton
-        if isinstance(value, types.MemberDescriptorType) and value.__objclass__ is cls:
+        if issubclass(type(value), types.MemberDescriptorType) and value.__objclass__ is cls:
             continue  # a slot, made with the skeleton
-        kind = methods if isinstance(value, _METHOD_TYPES) else others
+        if type(value) is _CTYPES_FIELD:
+            continue  # made with the attribute _fields_
+        kind = methods if issubclass(type(value), _METHOD_TYPES) else others
         (hooks if name == "__init_subclass__" else kind)[name] = value
     return methods, others, hooks
 
 
+class _Structure(ctypes.Structure):
+    _fields_ = (("field", ctypes.c_int),)
+
+
+_CTYPES_FIELD = type(vars(_Structure)["field"])
 _METHOD_TYPES = (types.FunctionType, classmethod, staticmethod, property)
 
 # Made anew with the members of an enum.

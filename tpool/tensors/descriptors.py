@@ -102,7 +102,7 @@ def refuse_forked_lock(obj: Any) -> None:
     Raises:
         RuntimeError: as the standard library does (from Python 3.11.5 on), with the cure.
     """
-    if isinstance(obj, synchronize.SemLock) and obj._semlock.name is None:  # type: ignore[attr-defined]
+    if issubclass(type(obj), synchronize.SemLock) and obj._semlock.name is None:
         raise RuntimeError(FORKED_LOCK.format(kind=type(obj).__name__))
 
 

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from abc import ABCMeta
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Any, Protocol
 
-from tpool.tensors.byvalue import Reduced, class_attributes, reduce_here, reduce_skeleton
+from tpool.tensors.byvalue import NAMED_TYPES, Reduced, class_attributes, reduce_here, reduce_skeleton
 from tpool.tensors.catalogue import Catalogue
-from tpool.tensors.names import MISSING, annotated_names, importable, is_class, main_namespace, of_main, reachable
+from tpool.tensors.names import (
+    MISSING,
+    annotated_names,
+    importable,
+    is_class,
+    is_function,
+    main_namespace,
+    of_main,
+    reachable,
+)
 from tpool.tensors.payload import DefinitionId, GroupId, Payload
 from tpool.tensors.registry import BIND, DEFINE, FILL, LACK, definition, inherited
 
@@ -47,10 +58,12 @@ class GroupWriter:
     must find what it mentions. So a unit that turns out to need a definition is written after it; a definition is
     complete when the names it mentions are bound; and a cycle is entered at the class without its attributes.
 
+    Names are bound from a plan, made beforehand and without recursion: a program is a deeper graph than the stack is.
+
     Attributes:
         members: by id(): objects that this group defines or finds inherited, and how streams refer to them.
         defined: those that it defines, by id.
-        names: names that they mention, bound or not.
+        names: names that they mention, bound or to be bound or not.
         bound: names that this group binds, and to what.
         requires: earlier groups.
     """
@@ -64,6 +77,8 @@ class GroupWriter:
         self._catalogue = catalogue
         self._pickler = open_group(self)
         self._hooks: list[tuple[type, dict[str, Any]]] = []
+        self._begun: set[str] = set()  # names of which no plan need think any more
+        self._urgent = False  # whether what is defined now will be used while the group is loaded
         # Of the unit that is being pickled: what it needs first, and what functions inside it mention.
         self._needs: list[tuple[Any, str | None]] = []
         self._mentioned: list[str] = []
@@ -104,12 +119,38 @@ class GroupWriter:
             self._complete_class(obj)
         found = reachable(main_namespace(), obj, name)
         if found is not None:
-            self._bind(found.split(".")[0])
+            self.bind_all([found.split(".")[0]])
 
     def bind_all(self, names: Iterable[str]) -> None:
         """Make sure that these names are bound, where the caller has them."""
-        for name in names:
-            self._bind(name)
+        for name in self._plan(names):
+            if name not in self._begun:
+                self._begun.add(name)
+                self._bind(name)
+
+    def _plan(self, names: Iterable[str]) -> list[str]:
+        """These names and all that they lead to, each after what it leads to."""
+        order: list[str] = []
+        seen: set[str] = set()
+        path: list[tuple[str | None, Iterator[str]]] = [(None, iter(names))]
+        while path:
+            for name in path[-1][1]:
+                # What an earlier plan will come to, waits for its turn; unless it is wanted now.
+                if name not in self._begun and name not in seen and (self._urgent or name not in self.names):
+                    seen.add(name)
+                    path.append((name, iter(self._leads_to(name))))
+                    break
+            else:
+                done, _ = path.pop()
+                if done is not None:
+                    order.append(done)
+        self.names.update(dict.fromkeys(order))
+        return order
+
+    def _leads_to(self, name: str) -> list[str]:
+        value = main_namespace().get(name, MISSING)
+        within = self._catalogue.names.globals_within
+        return [each for obj in (value, type(value)) if _may_be_defined(obj) for each in within(obj)]
 
     def reduce(self, obj: Any, name: str | None, message: GroupPickler) -> Any:
         """How a unit refers to a function, a class, or another object that is known by its name."""
@@ -135,14 +176,21 @@ class GroupWriter:
 
     def _complete_class(self, cls: type) -> None:
         methods, others, hooks = class_attributes(cls)
-        if not methods.keys().isdisjoint(_REBUILDERS):
+        if type(cls) in (type, ABCMeta) and not methods.keys().isdisjoint(_REBUILDERS):
             # Rebuilding an instance among its own attributes runs these, and they may look at others of them.
             self._fill(cls, {name: _provisional(value) for name, value in others.items()})
+        for method in methods.values():
+            with suppress(Exception):  # it will be left out below
+                self._define_if_needed(getattr(method, "__func__", method))
         self._fill(cls, methods)
         self.bind_all(annotated_names(cls))
         self._fill(cls, others)
         # Last of all: rebuilding subclasses must not run it, for what it did in the caller travels as state.
         self._hooks.append((cls, hooks))
+
+    def _define_if_needed(self, obj: Any) -> None:
+        if _may_be_defined(obj) and self._catalogue.is_definition(obj):
+            self.define(obj)
 
     def _fill(self, cls: type, attributes: dict[str, Any]) -> None:
         if not attributes:
@@ -161,9 +209,6 @@ class GroupWriter:
                     self._write(LACK, name, [cls, _reason(error)])
 
     def _bind(self, name: str) -> None:
-        if name in self.names:
-            return
-        self.names[name] = None
         value = main_namespace().get(name, MISSING)
         if value is MISSING:
             return
@@ -171,18 +216,20 @@ class GroupWriter:
         if previous is not None:
             self.requires.add(previous)
         current = self._catalogue.is_current(name, value)
+        urgent, self._urgent = self._urgent, False  # the plan has seen to what this needs
         try:
             # Known to be needed, so better before than after a vain attempt to pickle the value. And what a forked
             # worker has inherited may mention names that have changed since.
             for obj in (value, type(value)):
-                if not importable(obj) and self._catalogue.is_definition(obj):
-                    self.define(obj)
+                self._define_if_needed(obj)
             if not current:
                 self._write(BIND, name, [value])
         except MemoryError:
             raise
         except Exception as error:
             self._write(LACK, name, [None, _reason(error)])
+        finally:
+            self._urgent = urgent
         if not current:
             self.bound[name] = value
 
@@ -195,9 +242,18 @@ class GroupWriter:
             if not needs:
                 break
             self._pickler.undo(mark)
-            for obj, name in needs:
-                self.define(obj, name)
+            urgent, self._urgent = self._urgent, True
+            try:
+                for obj, name in needs:
+                    self.define(obj, name)
+            finally:
+                self._urgent = urgent
         self.bind_all(mentioned)
+
+
+def _may_be_defined(obj: object) -> bool:
+    """Ask no more of any object than its type: what is global may be a proxy whose attributes raise."""
+    return (is_class(obj) or is_function(obj) or type(obj) in NAMED_TYPES) and not importable(obj)
 
 
 _REBUILDERS = ("__new__", "__init__", "__setstate__")

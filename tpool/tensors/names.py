@@ -49,13 +49,13 @@ def main_namespace() -> dict[str, Any]:
 
 
 def is_class(obj: object) -> bool:
-    """Whether it is a class, whatever it claims."""
+    """Whether it is a class. Its type is asked, here and elsewhere: a proxy's ``__class__`` may raise."""
     return issubclass(type(obj), type)
 
 
 def is_function(obj: object) -> bool:
     """Whether it is a function in Python."""
-    return isinstance(obj, types.FunctionType)
+    return type(obj) is types.FunctionType
 
 
 def is_python_class(obj: Any) -> bool:
@@ -149,10 +149,10 @@ class CodeNames:
     def submodules_of(self, function: types.FunctionType) -> list[types.ModuleType]:
         """Modules that the function reaches as attributes of a package, which somebody must have imported."""
         names, attributes = self._of_code(function.__code__)
-        values = [function.__globals__.get(name) for name in names]
+        values: list[Any] = [function.__globals__.get(name) for name in names]
         values += _cell_contents(function)
         found: list[types.ModuleType] = []
-        pending = [value for value in values if isinstance(value, types.ModuleType) and hasattr(value, "__path__")]
+        pending = [value for value in values if issubclass(type(value), types.ModuleType)]
         while pending:
             package = pending.pop()
             for attribute in attributes:
@@ -210,8 +210,8 @@ def _parts_of(obj: Any) -> list[Any]:
         return [*_cell_contents(obj), *vars(obj).values()]
     if is_class(obj):
         return [*vars(obj).values(), *obj.__bases__, type(obj)] if obj.__module__ in MAIN else []
-    if isinstance(obj, property):
+    if issubclass(type(obj), property):
         return [obj.fget, obj.fset, obj.fdel]
-    if isinstance(obj, (classmethod, staticmethod, functools.cached_property, functools._lru_cache_wrapper)):
+    if issubclass(type(obj), (classmethod, staticmethod, functools.cached_property, functools._lru_cache_wrapper)):
         return [getattr(obj, "func", None), getattr(obj, "__wrapped__", None)]
     return []

@@ -198,14 +198,15 @@ class Outgoing:
         return self._add(storage, block)
 
     def _place_without_swap(self, storage: torch.UntypedStorage, tensor: torch.Tensor | None) -> int | None:
-        """Older torch frees the memory that it moves: a storage that numpy or DLPack may know stays, and is copied."""
-        if storage.resizable() and (
-            not torch_private.COUNTS_USES
-            or torch_private.only_owner(storage, tensor)
-            or known_to_tensors_alone([storage])
-        ):
-            return None
-        return self._place_copy(storage)
+        """Older torch frees the memory that it moves: a storage that numpy or DLPack may know stays, and is copied.
+
+        What holds this tensor may be its views or an export, which only a slow look can tell. Exports of other
+        tensors on the storage are not looked for, as torch does not: each sparse tensor or row would pay for it.
+        """
+        held = tensor is not None and torch_private.COUNTS_USES and not torch_private.known_to_python([tensor])
+        if not storage.resizable() or (held and not known_to_tensors_alone([storage])):
+            return self._place_copy(storage)
+        return None
 
 
 def _file_behind(storage: torch.UntypedStorage) -> str:

@@ -1,0 +1,100 @@
+"""Who waits for shared memory, and whether there is hope.
+
+A thread of the caller that encodes, or a worker that answers, waits while memory may come back: from a task that runs,
+from a result that its consumer has yet to take. When nothing can, one of those who wait is told, its task fails with
+``SharedMemoryExhausted``, and what it held may help the others.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from time import monotonic
+
+from tpool.local.member import Member
+
+# How often somebody looks for memory that died without a message while somebody waits for some.
+STARVING_SECONDS = 0.01
+# How long there must be no hope until one of those who wait is told. Give-backs that are on their way take
+# milliseconds; a caller that is about to drop a result should be given a moment.
+HOPELESS_SECONDS = 0.5
+
+
+class Hunger:
+    """The waiting for memory of one pool.
+
+    ``wait`` and ``set_patience`` belong to the threads that encode, all else to the handler's.
+
+    Args:
+        wake: has the handler look.
+    """
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
+        self._news = threading.Condition(threading.Lock())
+        self._patience = threading.local()
+        # Written under the lock.
+        self._impatient = 0
+        self._patient = 0
+        self._verdicts = 0  # how many waiting callers are to be told that there is no hope
+        self._hopeless_since: float | None = None
+
+    def set_patience(self, patient: bool) -> None:
+        """Whether this thread may wait for the consumer of results too."""
+        self._patience.value = patient
+
+    def wait(self, seconds: float) -> bool:
+        """In a thread that encodes: wait until some memory may have come back; see ``tensors.leases.Memory``.
+
+        Returns:
+            False when none can come back.
+        """
+        patient = getattr(self._patience, "value", False)
+        self._wake()
+        with self._news:
+            self._impatient += not patient
+            self._patient += patient
+            try:
+                # Memory that this process itself drops is only found by looking, hence the short wait.
+                self._news.wait(min(seconds, STARVING_SECONDS))
+                if not patient and self._verdicts:
+                    self._verdicts -= 1
+                    return False
+            finally:
+                self._impatient -= not patient
+                self._patient -= patient
+        return True
+
+    def tell_news(self) -> None:
+        """Memory may have come back."""
+        if self._impatient or self._patient:
+            with self._news:
+                self._news.notify_all()
+
+    def check(self, members: Iterable[Member], may_give_back: Callable[[], bool]) -> bool:
+        """Before the handler blocks: give up on somebody where there is no hope.
+
+        Returns:
+            Whether anybody waits, so that the handler should look again soon.
+        """
+        starving = [member for member in members if member.starving]
+        if not (starving or self._impatient or self._patient):
+            self._hopeless_since = None
+            return False
+        working = any(member.may_finish for member in members)
+        consumable = (starving or self._patient) and may_give_back()
+        if working or (consumable and not self._impatient):
+            self._hopeless_since = None
+        elif self._hopeless_since is None:
+            self._hopeless_since = monotonic()
+        elif monotonic() - self._hopeless_since > HOPELESS_SECONDS:
+            self._hopeless_since = None
+            self._give_up(starving)
+        return True
+
+    def _give_up(self, starving: list[Member]) -> None:
+        if self._impatient:
+            with self._news:
+                self._verdicts = 1
+        elif starving:
+            starving[0].put_hopeless()
