@@ -108,12 +108,33 @@ class Pool(RuleBasedStateMachine):
     @rule(data=st.data(), nbytes=SIZES)
     def allocate(self, data: st.DataObject, nbytes: int) -> None:
         _, process = self.party(data)
+        self.new_block(process, nbytes)
+
+    def new_block(self, process: Process, nbytes: int) -> bool:
         block = process.table.allocate(process.arena, nbytes)
         if block is None:
-            return
+            return False
         self.stamps += 1
         block.view[:] = pattern(self.stamps, nbytes)
         process.kept.append((block, self.stamps))
+        return True
+
+    @rule(data=st.data(), nbytes=SIZES, hops=st.integers(1, 5), keep=st.integers(0, 31))
+    def pass_on(self, data: st.DataObject, nbytes: int, hops: int, keep: int) -> None:
+        """A new block travels through several processes; bit by bit ``keep`` tells which of them keep it."""
+        name, process = self.party(data)
+        if not self.new_block(process, nbytes):
+            return
+        for hop in range(hops):
+            to = data.draw(st.sampled_from(sorted(process.peers)))
+            if (name, to) not in self.channels:
+                return
+            self.put(name, to, process.kept[-1], 1)
+            if not keep >> hop & 1:
+                process.kept.pop()
+            while self.channels[name, to]:
+                self.deliver((name, to))
+            name, process = to, self.parties[to]
 
     @rule(data=st.data(), times=st.integers(1, 2))
     def send(self, data: st.DataObject, times: int) -> None:
@@ -122,7 +143,11 @@ class Pool(RuleBasedStateMachine):
         if not process.kept or (name, to) not in self.channels:
             return
         # By index: what is drawn itself is kept alive for the report.
-        block, stamp = process.kept[data.draw(st.integers(0, len(process.kept) - 1))]
+        kept = process.kept[data.draw(st.integers(0, len(process.kept) - 1))]
+        self.put(name, to, kept, times)
+
+    def put(self, name: int, to: int, kept: tuple[Block, int], times: int) -> None:
+        process, (block, stamp) = self.parties[name], kept
         found = process.table.find(block.arena.address + block.offset)
         assert found is not None
         assert (found.arena, found.offset, found.nbytes) == (block.arena, block.offset, block.nbytes)
@@ -153,9 +178,11 @@ class Pool(RuleBasedStateMachine):
                 self.channels[name, to].append(("gave back", triples))
 
     @precondition(lambda self: any(self.channels.values()))
-    @rule(data=st.data())
-    def deliver_one(self, data: st.DataObject) -> None:
-        self.deliver(data.draw(st.sampled_from([name for name, frames in sorted(self.channels.items()) if frames])))
+    @rule(data=st.data(), count=st.integers(1, 5))
+    def deliver_some(self, data: st.DataObject, count: int) -> None:
+        channel = data.draw(st.sampled_from([name for name, frames in sorted(self.channels.items()) if frames]))
+        for _ in range(min(count, len(self.channels[channel]))):
+            self.deliver(channel)
 
     def deliver(self, channel: tuple[int, int]) -> None:
         kind, content = self.channels[channel].popleft()

@@ -160,7 +160,7 @@ class LocalEngine:
         ready = self._epoll.poll(0)
         if not ready and timeout != 0:
             self._tidy_up()
-            if self._hunger.check(self._members.values(), self.may_give_back):
+            if self._hunger.check(self._members.values(), self.may_give_back, self._flush):
                 timeout = STARVING_SECONDS if timeout is None else min(timeout, STARVING_SECONDS)
             ready = self._epoll.poll(timeout)
         events: list[Event] = []

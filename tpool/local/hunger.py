@@ -71,7 +71,9 @@ class Hunger:
             with self._news:
                 self._news.notify_all()
 
-    def check(self, members: Iterable[Member], may_give_back: Callable[[], bool]) -> bool:
+    def check(
+        self, members: Iterable[Member], may_give_back: Callable[[], bool], flush: Callable[[Member], None]
+    ) -> bool:
         """Before the handler blocks: give up on somebody where there is no hope.
 
         Returns:
@@ -89,12 +91,10 @@ class Hunger:
             self._hopeless_since = monotonic()
         elif monotonic() - self._hopeless_since > HOPELESS_SECONDS:
             self._hopeless_since = None
-            self._give_up(starving)
+            if self._impatient:
+                with self._news:
+                    self._verdicts = 1
+            elif starving:
+                starving[0].put_hopeless()
+                flush(starving[0])
         return True
-
-    def _give_up(self, starving: list[Member]) -> None:
-        if self._impatient:
-            with self._news:
-                self._verdicts = 1
-        elif starving:
-            starving[0].put_hopeless()
