@@ -25,8 +25,9 @@ from tpool.errors import (
     WorkerStartError,
 )
 from tpool.local.identity import WorkerInfo, get_worker_info
-from tpool.pool import Pool, PoolStats
+from tpool.pool import Pool
 from tpool.results import AsyncResult, MapResult
+from tpool.stats import PoolStats
 from tpool.streams import IMapIterator
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""What the user may ask of a pool, checked: each function gives the value to use or raises an error that names the cure."""
+"""What the user may ask of a pool, checked: each function gives the value to use or raises an error with the cure."""
 
 from __future__ import annotations
 

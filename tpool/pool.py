@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from multiprocessing.context import BaseContext
 from types import TracebackType
 from typing import Any, TypeVar
@@ -27,6 +26,7 @@ from tpool.local.wire import Mode
 from tpool.messages import JobCancelled, JobId, JobSealed, PoolClosed, Task
 from tpool.results import AsyncResult, Callbacks, Failure, MapResult
 from tpool.scheduler import Scheduler
+from tpool.stats import PoolStats
 from tpool.streams import IMapIterator, Stream
 
 T = TypeVar("T")
@@ -37,23 +37,6 @@ CHUNKS_PER_WORKER = 4
 STREAM_SHARE = 4
 
 _pool_numbers = itertools.count(1)
-
-
-@dataclass(frozen=True, slots=True)
-class PoolStats:
-    """What a pool has done so far.
-
-    Attributes:
-        tasks_done: units of work answered by workers (a chunk of a ``map`` counts once).
-        workers_lost: workers that died while they ran a task.
-        moved_nbytes: bytes that travelled by handle, in both directions.
-        piped_nbytes: bytes that travelled through pipes, in both directions.
-    """
-
-    tasks_done: int
-    workers_lost: int
-    moved_nbytes: int
-    piped_nbytes: int
 
 
 class Pool:

@@ -24,9 +24,9 @@ class Stream:
 
     The handler and the feeder hold this, never the iterator, so that an iterator nobody wants is collected.
 
-    Shared data: ``_by_index`` and ``_as_arrived`` are written by the handler (and the feeder, for items that cannot be sent) and emptied by
-    consumers; ``consumed`` is written by consumers; all under ``_news``'s lock, except the consumer's fast path, which
-    relies on ``dict.pop`` and ``deque.popleft`` being atomic.
+    Shared data: ``_by_index`` and ``_as_arrived`` are written by the handler (and the feeder, for items that cannot be
+    sent) and emptied by consumers, each in one atomic step; ``consumed`` is written by consumers. ``_news`` is for
+    waiting: a consumer counts itself before it looks again, the handler adds before it looks at that count.
     """
 
     def __init__(self, story: str, ordered: bool) -> None:

@@ -50,9 +50,8 @@ class Mode(IntEnum):
 
     APPLY = 0  # payload is (function, args, kwds); the job has no payload of its own
     CALL = 1  # function(item)
-    STARCALL = 2  # function(*item)
-    MAP = 3  # [function(item) for item in chunk]
-    STARMAP = 4  # [function(*item) for item in chunk]
+    MAP = 2  # [function(item) for item in chunk]
+    STARMAP = 3  # [function(*item) for item in chunk]
 
 
 class Status(IntEnum):

@@ -34,6 +34,7 @@ from typing import Any, NoReturn, cast
 
 from tpool.errors import MaybeEncodingError, ProtocolError, TpoolError
 from tpool.local import identity, wire
+from tpool.local.calls import JobCalls, apply_call
 from tpool.local.channel import Channel, Frame
 from tpool.local.story import format_remote, safe_repr
 from tpool.local.wire import Kind, Mode, Status
@@ -64,14 +65,6 @@ class Inheritance:
     baseline: dict[str, Any]
 
 
-@dataclass(slots=True, eq=False)
-class _Job:
-    mode: Mode
-    payload: Received | None
-    function: Any = None
-    error: BaseException | None = None
-
-
 class Worker:
     """One worker process's state; used by its main thread only.
 
@@ -88,7 +81,7 @@ class Worker:
         self._parent = Peer("parent")
         self._table = leases.table()
         self._tasks: deque[tuple[int, int, Received]] = deque()
-        self._jobs: dict[int, _Job] = {}
+        self._jobs: dict[int, JobCalls] = {}
         self._retiring = False
         self._initializer: Received | None = None
         self._pid = os.getpid()
@@ -207,7 +200,7 @@ class Worker:
                 self._table.given_back(self._parent, arena_id, offset, count)
         elif kind == Kind.JOB:
             job, mode = wire.unpack_head(wire.JOB, frame.body)
-            self._jobs[job] = _Job(Mode(mode), self._unpack(frame, wire.JOB.size))
+            self._jobs[job] = JobCalls(Mode(mode), self._unpack(frame, wire.JOB.size))
         elif kind == Kind.FORGET:
             for job in wire.unpack_ids(frame.body):
                 self._jobs.pop(job, None)
@@ -274,44 +267,8 @@ class Worker:
     def _call(self, job: int, received: Received) -> Any:
         known = self._jobs.get(job)
         if known is None:
-            call: Any = self._codec.loads(received)
-            function, args, kwds = call
-            return function(*args, **kwds)
-        function = self._function(known)
-        arguments: Any = self._codec.loads(received)
-        if known.mode == Mode.CALL:
-            return function(arguments)
-        if known.mode == Mode.STARCALL:
-            return function(*arguments)
-        return self._call_chunk(function, arguments, known.mode == Mode.STARMAP)
-
-    def _function(self, job: _Job) -> Any:
-        """The job's function, decoded when its first task runs so that a failure is that task's error."""
-        if job.payload is not None:
-            received, job.payload = job.payload, None
-            try:
-                job.function = self._codec.loads(received)
-            except BaseException as error:
-                job.error = error
-        if job.error is not None:
-            raise job.error.with_traceback(None)
-        return job.function
-
-    @staticmethod
-    def _call_chunk(function: Any, chunk: list[Any], star: bool) -> list[Any]:
-        """Every item runs, whatever the others do; the first error speaks for the chunk."""
-        values: list[Any] = []
-        first_error: BaseException | None = None
-        chunk.reverse()
-        while chunk:
-            item = chunk.pop()  # each item's memory is free as soon as it was used
-            try:
-                values.append(function(*item) if star else function(item))
-            except BaseException as error:
-                first_error = first_error or error
-        if first_error is not None:
-            raise first_error
-        return values
+            return apply_call(self._codec, received)
+        return known.call(self._codec, received)
 
     # Replying ------------------------------------------------------------------------------------------------------
 

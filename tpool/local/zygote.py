@@ -219,7 +219,6 @@ def _import_all(config: ZygoteConfig) -> str | None:
     try:
         import torch  # noqa: F401 - its pages are what the workers share
 
-
         for name in config.preload:
             importlib.import_module(name)
         raise_not_single_threaded()

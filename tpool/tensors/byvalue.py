@@ -259,7 +259,8 @@ def fill_class(cls: Any, attributes: dict[str, Any]) -> None:
     for name, state in attributes.pop(_MEMBERS, {}).items():
         vars(cls.__members__[name]).update(state)
     # Not through a metaclass's own __setattr__: that may refuse, or count.
-    set_attribute = setattr if importable(type(cls)) else type.__setattr__
+    by_value = is_python_class(type(cls)) and not importable(type(cls))
+    set_attribute = type.__setattr__ if by_value else setattr
     for subclass in attributes.pop("_abc_impl", ()):
         cls.register(subclass)
     for name, value in attributes.items():

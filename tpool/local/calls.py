@@ -1,0 +1,74 @@
+"""How a job's function meets a task's payload, in a worker."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tpool.local.wire import Mode
+from tpool.tensors.payload import Received
+from tpool.tensors.pickler import Codec
+
+
+def apply_call(codec: Codec, received: Received) -> Any:
+    """Make the call of an ``apply``, which brings its function along."""
+    call: Any = codec.loads(received)
+    function, args, kwds = call
+    return function(*args, **kwds)
+
+
+class JobCalls:
+    """The calls of one job: its function, and how it is called.
+
+    Args:
+        mode: how.
+        payload: the function, decoded when the first task runs, so that a failure is that task's error.
+    """
+
+    __slots__ = ("_error", "_function", "_mode", "_payload")
+
+    def __init__(self, mode: Mode, payload: Received) -> None:
+        self._mode = mode
+        self._payload: Received | None = payload
+        self._function: Any = None
+        self._error: BaseException | None = None
+
+    def call(self, codec: Codec, received: Received) -> Any:
+        """Run one task.
+
+        Raises:
+            DecodeError: the function or the argument could not be unpickled.
+            BaseException: what the function raised; of a chunk, what the first call to fail raised.
+        """
+        if self._payload is not None:
+            self._decode(codec)
+        if self._error is not None:
+            raise self._error.with_traceback(None)
+        function = self._function
+        argument: Any = codec.loads(received)
+        if self._mode == Mode.CALL:
+            return function(argument)
+        return self._call_chunk(function, argument, self._mode == Mode.STARMAP)
+
+    def _decode(self, codec: Codec) -> None:
+        received, self._payload = self._payload, None
+        assert received is not None
+        try:
+            self._function = codec.loads(received)
+        except BaseException as error:
+            self._error = error
+
+    @staticmethod
+    def _call_chunk(function: Any, chunk: list[Any], star: bool) -> list[Any]:
+        """Every item runs, whatever the others do; the first error speaks for the chunk."""
+        values: list[Any] = []
+        first_error: BaseException | None = None
+        chunk.reverse()
+        while chunk:
+            item = chunk.pop()  # each item's memory is free as soon as it was used
+            try:
+                values.append(function(*item) if star else function(item))
+            except BaseException as error:
+                first_error = first_error or error
+        if first_error is not None:
+            raise first_error
+        return values

@@ -1,0 +1,22 @@
+"""What a pool tells of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStats:
+    """What a pool has done so far.
+
+    Attributes:
+        tasks_done: units of work answered by workers (a chunk of a ``map`` counts once).
+        workers_lost: workers that died while they ran a task.
+        moved_nbytes: bytes that travelled by handle, in both directions.
+        piped_nbytes: bytes that travelled through pipes, in both directions.
+    """
+
+    tasks_done: int
+    workers_lost: int
+    moved_nbytes: int
+    piped_nbytes: int
