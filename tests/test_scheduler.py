@@ -30,7 +30,7 @@ from tpool.messages import (
     WorkerExited,
     WorkerId,
 )
-from tpool.scheduler import MAX_START_FAILURES, Scheduler
+from tpool.scheduler import MAX_START_FAILURES, START_GRACE_SECONDS, Scheduler
 
 FAST = 1e-6
 SLOW = 1.0
@@ -535,14 +535,24 @@ class TestTheEnd:
         ]
         assert world.exit(0) == [("EndPool", None)]
 
-    def test_close_does_not_wait_for_an_initializer(self) -> None:
+    def test_close_lets_initializers_run(self) -> None:
         world = World(2, ready=False)
         world.ready(0)
-        assert world.say(PoolClosed()) == [("RetireWorker", 0), ("KillWorker", 1)]
-        assert world.ready(1) == []
-        assert world.say(InitializerFailed(WorkerId(1), "late")) == []
+        assert world.say(PoolClosed()) == [("RetireWorker", 0)]
         assert world.exit(0) == []
+        assert world.ready(1) == [("RetireWorker", 1)]
         assert world.exit(1) == [("EndPool", None)]
+
+    def test_close_does_not_wait_for_an_initializer_for_ever(self) -> None:
+        world = World(1, ready=False)
+        assert world.say(PoolClosed()) == []
+        assert world.scheduler.wake_at == world.now + START_GRACE_SECONDS
+        world.now += START_GRACE_SECONDS
+        assert world.say(TimePassed()) == [("KillWorker", 0)]
+        assert world.scheduler.wake_at is None
+        assert world.ready(0) == []
+        assert world.say(InitializerFailed(WorkerId(0), "late")) == []
+        assert world.exit(0) == [("EndPool", None)]
 
     def test_after_close_workers_are_replaced_only_while_there_is_work(self) -> None:
         world = World(1)

@@ -46,7 +46,7 @@ from tpool.messages import (
     WorkerExited,
     WorkerId,
 )
-from tpool.scheduler import MAX_START_FAILURES, Scheduler
+from tpool.scheduler import MAX_START_FAILURES, START_GRACE_SECONDS, Scheduler
 
 Key = tuple[int, int]  # (job, index)
 
@@ -110,6 +110,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.start_failures = 0
         self.closed = False
         self.stopped: tuple[Any, Any] | None = None  # (cause, error)
+        self.over_since: float | None = None
         self.ended = False
         self.settling: list[Task] = []  # on their way back from a worker, while one event is handled
         self.expected: list[tuple[str, Key, Any]] = []  # the outcomes that the event under way must have
@@ -227,7 +228,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def do_KillWorker(self, action: KillWorker) -> None:
         worker = self.workers[action.worker]
         assert worker.state != "killed", "killed twice"
-        assert self.stopped is not None or (self.over() and worker.state == "starting"), "killed for no reason"
+        late = self.over_since is not None and self.now >= self.over_since + START_GRACE_SECONDS
+        assert self.stopped is not None or (late and worker.state == "starting"), "killed for no reason"
         worker.state = "killed"
 
     def resolve(self, task: Task, how: str, extra: Any) -> None:
@@ -627,11 +629,17 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert all(worker.given < self.max_tasks for worker in self.idle()), "a worker should retire"
         # 5: nothing waits long behind a long task, and the clock is set for when it would.
         overdue = min((worker.since + RECALL_SECONDS for worker in self.loaded()), default=None)
-        assert self.scheduler.wake_at == (overdue if self.idle() else None)
+        if self.over() and self.over_since is None:
+            self.over_since = self.said_at
+        if self.over() and self.working("starting"):
+            assert self.scheduler.wake_at == self.over_since + START_GRACE_SECONDS
+        else:
+            assert self.scheduler.wake_at == (overdue if self.idle() else None)
         assert self.scheduler.wake_at is None or self.scheduler.wake_at > self.said_at, "a recall is overdue"
         # 7: the end comes when it can.
         if self.over():
-            assert not self.working("starting"), "the end waits for an initializer"
+            mercy = self.stopped is None and self.said_at < self.over_since + START_GRACE_SECONDS
+            assert mercy or not self.working("starting"), "the end waits for an initializer"
             assert not self.idle(), "the end waits for a worker that was not told"
             assert not self.stopped or not self.working("ready", "asked", "settling", "retiring"), "not killed"
             assert self.ended == (not self.workers)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from multiprocessing.context import BaseContext
@@ -24,7 +25,7 @@ from tpool.local.engine import LocalEngine
 from tpool.local.setup import Settings, check_platform, refuse_fork_after_cuda
 from tpool.local.wire import Mode
 from tpool.messages import JobCancelled, JobId, JobSealed, PoolClosed, Task
-from tpool.results import AsyncResult, Callbacks, Failure, MapResult
+from tpool.results import AsyncResult, Callbacks, Failure, MapResult, Sink
 from tpool.scheduler import Scheduler
 from tpool.stats import PoolStats
 from tpool.streams import IMapIterator, Stream
@@ -78,6 +79,8 @@ class Pool:
         check_platform()
         self._pid = os.getpid()
         self._state = "INIT"
+        # Orders close() against calls of other threads: nothing is opened after it. A signal handler may close, too.
+        self._lock = threading.RLock()
         self._max_tasks = options.check_max_tasks(maxtasksperchild)
         settings = Settings(
             processes=options.check_processes(processes),
@@ -147,7 +150,9 @@ class Pool:
         except Exception as error:  # as in the standard library: the result says so, not this call
             result.resolve(0, Failure(error))
             return result
-        self._handler.open_single(result, Mode.APPLY, payload)
+        with self._lock:
+            self._check_running()
+            self._handler.open_single(result, Mode.APPLY, payload)
         return result
 
     # Map ------------------------------------------------------------------------------------------------------------
@@ -227,7 +232,7 @@ class Pool:
             result.resolve(0, Failure(error))
             result.expect(1)
             return result, None
-        job = self._handler.open_job(result, mode, function)
+        job = self._open_job(result, mode, function)
         try:
             self._submit_chunks(job, result, items, size)
         except BaseException:
@@ -308,7 +313,7 @@ class Pool:
             stream.resolve(0, Failure(error))
             stream.set_length(1)
             return iterator
-        job = self._handler.open_job(stream, Mode.CALL, function, chunksize)
+        job = self._open_job(stream, Mode.CALL, function, chunksize)
         weakref.finalize(iterator, _abandon, stream, self._handler, job).atexit = False
         window = None if buffersize is None else max(buffersize, chunksize)
         if chunksize > 1 and window is None:
@@ -317,14 +322,20 @@ class Pool:
         feeder.start(chunksize, window, self._stream_nbytes)
         return iterator
 
+    def _open_job(self, sink: Sink, mode: Mode, function: Any, batch: int = 1) -> JobId:
+        with self._lock:
+            self._check_running()
+            return self._handler.open_job(sink, mode, function, batch)
+
     # The end --------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Take no more calls; workers exit when the work is done."""
         self._check_process()
-        if self._state == "RUN":
-            self._state = "CLOSE"
-            self._handler.post(PoolClosed())
+        with self._lock:
+            if self._state == "RUN":
+                self._state = "CLOSE"
+                self._handler.post(PoolClosed())
 
     def terminate(self) -> None:
         """Stop at once: kill the workers; calls without a result raise ``PoolTerminatedError``. Waits for the end."""

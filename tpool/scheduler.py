@@ -64,11 +64,15 @@ from tpool.messages import (
     WorkerId,
 )
 
-__all__ = ["MAX_START_FAILURES", "Scheduler"]
+__all__ = ["MAX_START_FAILURES", "START_GRACE_SECONDS", "Scheduler"]
 
 MAX_START_FAILURES = 3
 """How many workers in a row may be lost before they became ready until the pool gives up. More: a pool that cannot
 work takes longer to say so. Fewer: a worker killed by chance while it starts ends the pool."""
+
+START_GRACE_SECONDS = 10.0
+"""How long a closed pool without work waits for workers that are still starting. A program may count on its initializer
+having run in each worker, as in the standard library; but one that hangs must not hold up the end for ever."""
 
 
 class Scheduler:
@@ -101,6 +105,8 @@ class Scheduler:
         self._cause: Any = None
         self._error: Any = None
         self._ended = False
+        self._grace_ends: float | None = None  # known once the pool is over
+        self._awaits_start = False
         self._out: list[Action] = []
 
     def begin(self) -> list[Action]:
@@ -132,7 +138,7 @@ class Scheduler:
         dispatcher.dispatch(len(self._workers))
         if self._is_over():
             self._wind_up()
-        self.wake_at = dispatcher.recall()
+        self.wake_at = self._grace_ends if self._awaits_start else dispatcher.recall()
         return out
 
     # Jobs ---------------------------------------------------------------------------------------------------------
@@ -334,9 +340,15 @@ class Scheduler:
         """Send the workers home, and end the pool when the last one has gone."""
         for worker in list(self._dispatcher.idle):
             self._dispatcher.retire(worker)
-        for worker in self._workers.values():
-            if worker.state is WorkerState.STARTING:
-                self._kill(worker)  # Nobody needs it any more, and its initializer may take long.
+        now = self._dispatcher.now
+        self._grace_ends = now + START_GRACE_SECONDS if self._grace_ends is None else self._grace_ends
+        starting = [worker for worker in self._workers.values() if worker.state is WorkerState.STARTING]
+        if now < self._grace_ends:
+            self._awaits_start = bool(starting)
+        else:
+            self._awaits_start = False
+            for worker in starting:
+                self._kill(worker)
         if not self._workers and not self._ended:
             self._ended = True
             self._out.append(EndPool(self._error))
