@@ -817,8 +817,8 @@ def test_code_that_rebuilding_runs_finds_what_it_mentions(run):
             other = Restored()
 
         table = {"a": [Heavy("[]"), Restored()], "holder": Holder()}
-        def f(): return table["a"][0].value, table["a"][1].kept, Holder.default.value, Holder.other.kept
-        assert call(f) == (6, 3, 6, 3)
+        def f(): return table["a"][0].value, table["a"][1].kept, Holder.default.value, Holder.other.kept, helper(1)
+        assert call(f) == (6, 3, 6, 3, 3), "also names that f itself mentions later"
         assert call(lambda item: item.kept, Restored()) == 3
     """)
 
@@ -837,7 +837,9 @@ def test_what_was_pickled_in_vain_is_not_taken_for_something_new(run):
         # Other turns out to be needed only after a first tensor has been pickled and died.
         things = [*(Fresh() for _ in range(20)), Other()]
         def f(): return [float(thing.max()) for thing in things[:20]]
-        assert call(f) == [float(n) for n in range(21, 41)]
+        copying = Caller(sharing="copy")
+        assert copying.call(f) == [float(n) for n in range(21, 41)]
+        copying.close()
     """)
 
 

@@ -71,8 +71,8 @@ MAX_START_FAILURES = 3
 work takes longer to say so. Fewer: a worker killed by chance while it starts ends the pool."""
 
 START_GRACE_SECONDS = 10.0
-"""How long a closed pool without work waits for workers that are still starting. A program may count on its initializer
-having run in each worker, as in the standard library; but one that hangs must not hold up the end for ever."""
+"""How long a closed pool without work waits for workers that are still starting. A program may count on its
+initializer having run in each worker, as in the standard library; one that hangs must not hold up the end for ever."""
 
 
 class Scheduler:

@@ -228,7 +228,9 @@ class Role:
         try:
             return self.popen.wait(seconds)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"the program had not ended after {seconds:.1f} s") from None
+            self.popen.send_signal(signal.SIGUSR1)  # asks for the stacks of its threads
+            procs.wait_until(lambda: "most recent call first" in self.stderr(), 1.0)
+            raise AssertionError(f"not ended after {seconds:.1f} s: {self.stderr()[-1500:]}") from None
 
     def assert_all_gone(self, seconds: float = 1.0) -> float:
         """Waits until nothing of it is left and says how long that took."""
@@ -522,6 +524,7 @@ def main() -> None:
     arguments = parser.parse_args()
     env = Env(ADAPTERS[arguments.pool](), arguments.method)
     if arguments.role:
+        faulthandler.register(signal.SIGUSR1)
         ROLES[arguments.role](env)
         return
     if env.is_tpool:

@@ -8,7 +8,7 @@ from a result that its consumer has yet to take. When nothing can, one of those 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from time import monotonic
 
 from tpool.local.member import Member
@@ -72,7 +72,7 @@ class Hunger:
                 self._news.notify_all()
 
     def check(
-        self, members: Iterable[Member], may_give_back: Callable[[], bool], flush: Callable[[Member], None]
+        self, members: Collection[Member], may_give_back: Callable[[], bool], flush: Callable[[Member], None]
     ) -> bool:
         """Before the handler blocks: give up on somebody where there is no hope.
 
@@ -89,6 +89,10 @@ class Hunger:
             self._hopeless_since = None
         elif self._hopeless_since is None:
             self._hopeless_since = monotonic()
+            for member in members:
+                if not member.starving:  # a worker that sleeps keeps its free memory until it is asked
+                    member.put_trim()
+                    flush(member)
         elif monotonic() - self._hopeless_since > HOPELESS_SECONDS:
             self._hopeless_since = None
             if self._impatient:

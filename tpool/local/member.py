@@ -220,6 +220,10 @@ class Member:
         self.starving = False
         self.channel.put(Kind.HOPELESS, b"")
 
+    def put_trim(self) -> None:
+        """Ask it for the memory that it keeps warm and does not use."""
+        self.channel.put(Kind.TRIM, b"")
+
     @property
     def may_finish(self) -> bool:
         """Whether it starts up or runs a task, and does not wait for memory: it may give some back soon."""

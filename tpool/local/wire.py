@@ -37,6 +37,7 @@ class Kind(IntEnum):
     FORGET = 15
     RETIRE = 16
     HOPELESS = 17
+    TRIM = 18
 
     READY = 20
     INITIALIZER_FAILED = 21

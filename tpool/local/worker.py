@@ -219,6 +219,8 @@ class Worker:
             self._table.add(arena)
         elif kind == Kind.INITIALIZER:
             self._initializer = self._unpack(frame, 0)
+        elif kind == Kind.TRIM:
+            self._table.collect()  # which gives idle memory back where somebody waits for it
         elif kind == Kind.HOPELESS:
             self._hopeless = True
         elif kind == Kind.RETIRE:

@@ -14,6 +14,8 @@ LACK      name                    the class whose attribute it is (None: a globa
 
 from __future__ import annotations
 
+import sys
+import types
 from typing import Any, NoReturn
 
 from tpool.errors import TransportError
@@ -112,4 +114,17 @@ class Registry:
             return inherited, (qualname,)
         if is_python_class(obj):
             return reduce_class(obj)
+        if _belongs_to_a_module(obj):
+            return NotImplemented
         return reduce_here(obj, message.copies, self.names)
+
+
+def _belongs_to_a_module(obj: Any) -> bool:
+    """Whether it is a nested function or lambda of an importable module.
+
+    As a result it is refused, as by the standard library: a program that counts on ``MaybeEncodingError`` gets it. As
+    an argument, and from ``__main__``, such functions travel by value.
+    """
+    if not isinstance(obj, types.FunctionType) or obj.__module__ in (None, "__main__", "__mp_main__"):
+        return False
+    return getattr(sys.modules.get(obj.__module__), "__spec__", None) is not None
