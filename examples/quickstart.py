@@ -28,7 +28,7 @@ BATCH = 32
 def load_batches() -> Iterator[torch.Tensor]:
     """Batches of uint8 images, each (BATCH, 3, TILE, TILE) or smaller at the end of a source."""
     for photo in load_sample_images().images:
-        pixels = torch.from_numpy(photo).permute(2, 0, 1)  # (3, height, width)
+        pixels = torch.from_numpy(photo.copy()).permute(2, 0, 1)  # (3, height, width)
         tiles = pixels.unfold(1, TILE, TILE // 2).unfold(2, TILE, TILE // 2)
         yield from tiles.permute(1, 2, 0, 3, 4).reshape(-1, 3, TILE, TILE).split(BATCH)
     digits = torch.from_numpy(load_digits().images / 16 * 255).to(torch.uint8)  # (1797, 8, 8)
