@@ -638,6 +638,31 @@ def test_a_group_that_cannot_be_loaded_names_what_failed(memory):
     assert isinstance(info.value.__cause__, KeyError)
 
 
+def test_what_was_pickled_in_vain_lives_until_the_group_is_complete(codec):
+    """Storages are told apart by their addresses, so none may be used twice."""
+    made: list[weakref.ref[torch.Tensor]] = []
+    alive = []
+
+    class Fresh:
+        def __reduce__(self) -> object:
+            alive.append([tensor() is not None for tensor in made])
+            tensor = torch.ones(5)
+            made.append(weakref.ref(tensor))
+            return torch.clone, (tensor,)
+
+    class Needed:
+        pass
+
+    class Root:
+        things = (Fresh(), Needed())
+
+    payload = codec.dumps(Root)
+    assert alive == [[], [True]], "the second try knows what Needed is"
+    assert payload.groups
+    gc.collect()
+    assert made[0]() is None
+
+
 def test_payloads_are_small(codec):
     assert len(codec.dumps(7).data) < 10
     assert len(codec.dumps(torch.ones(3)).data) < 150

@@ -14,7 +14,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from multiprocessing.context import BaseContext
-from types import TracebackType
 from typing import Any, TypeVar
 
 from tpool import options
@@ -182,16 +181,14 @@ class Pool:
         """As ``map``, but returns as soon as the items are pickled; see ``apply_async`` for the callbacks."""
         return self._map_async(Mode.MAP, func, iterable, chunksize, callback, error_callback)[0]
 
-    def starmap(
-        self, func: Callable[..., T], iterable: Iterable[Iterable[Any]], chunksize: int | None = None
-    ) -> list[T]:
+    def starmap(self, func: Callable[..., T], iterable: Iterable[Any], chunksize: int | None = None) -> list[T]:
         """As ``map``, with ``func(*item)``."""
         return self._wait_for_map(Mode.STARMAP, func, iterable, chunksize)
 
     def starmap_async(
         self,
         func: Callable[..., T],
-        iterable: Iterable[Iterable[Any]],
+        iterable: Iterable[Any],
         chunksize: int | None = None,
         callback: Callable[[list[T]], object] | None = None,
         error_callback: Callable[[BaseException], object] | None = None,
@@ -368,9 +365,7 @@ class Pool:
         self._check_running()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.terminate()
 
     def stats(self) -> PoolStats:

@@ -47,6 +47,7 @@ class Stream:
         self._end: Failure | SharedFailure | None = None
         self._news = threading.Condition(threading.Lock())
         self._consumers_waiting = 0
+        self._told = False  # they were woken and have not looked yet; one wake-up serves many results
 
     # The consumer's side --------------------------------------------------------------------------------------------
 
@@ -83,6 +84,7 @@ class Stream:
             self._consumers_waiting += 1
             try:
                 while True:
+                    self._told = False  # before looking: what arrives after the look is told of again
                     result = self._pop()
                     if result is not None:
                         return result
@@ -116,7 +118,7 @@ class Stream:
             self._by_index[index] = result
         else:
             self._as_arrived.append(result)
-        if self._consumers_waiting:
+        if self._consumers_waiting and not self._told:
             self._notify()
 
     def set_length(self, length: int) -> None:
@@ -155,6 +157,7 @@ class Stream:
             self._by_index.popitem()[1].discard()
 
     def _notify(self) -> None:
+        self._told = True
         with self._news:
             self._news.notify_all()
 

@@ -138,7 +138,7 @@ def grandchildren_of_killed(env: Env):
 @case(6, "terminate: 100,000 tasks queued", needs="terminate")
 def terminate_long_queue(env: Env):
     pool = env.pool(2)
-    results = [pool.apply_async(nap, (0.01,)) for _ in range(1000)]
+    results = [pool.apply_async(nap, (0.1,)) for _ in range(1000)]
     results.append(pool.map_async(square, range(100_000), chunksize=1))
     env.wait_for("napping")
     with env.within(1.0, "terminate and join"):

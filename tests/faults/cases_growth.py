@@ -45,7 +45,9 @@ def same(tensor):
 def rounds_of_tensor(env: Env):
     import torch
 
-    pool = env.pool(1)
+    # One thread each: what is measured is transport, and OpenMP's threads get in each other's way on a busy machine.
+    torch.set_num_threads(1)
+    pool = env.pool(1, initializer=torch.set_num_threads, initargs=(1,))
     pids = env.worker_pids(pool, 1)
 
     def rounds(count):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def make_cgroup(controller: str, limit: str) -> Path:
 
 
 def remove_cgroups(controller: str) -> None:
-    """Removes ours, once its processes are gone."""
-    for directory in _directories(controller):
-        if directory.exists():
+    """Removes ours, once its processes are gone; a zombie that nobody reaps keeps it."""
+    for directory in filter(Path.exists, _directories(controller)):
+        with contextlib.suppress(OSError):
             directory.rmdir()

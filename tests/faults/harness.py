@@ -44,7 +44,7 @@ MODULES = (
     "cases_growth",
 )
 # More cases to an interpreter save imports of torch; fewer lose less time when one hangs.
-BATCH = 10
+BATCH = 20
 TESTS = Path(__file__).resolve().parent.parent
 # What a user would take for a defect when it appears on the terminal.
 ALARMING = re.compile(r"Traceback|Exception ignored|Fatal Python|leaked|Warning|Error\b")

@@ -65,8 +65,8 @@ def family(tag: str, session: int | None = None) -> list[Process]:
 
 
 def describe(processes: list[Process]) -> str:
-    """Names and ids for a message."""
-    return ", ".join(f"{found.name}[{found.pid}]" for found in processes)
+    """Names, ids, states and parents for a message."""
+    return ", ".join(f"{found.name}[{found.pid}] {found.state}, of {found.parent}" for found in processes)
 
 
 def kill(processes: list[Process]) -> None:

@@ -235,7 +235,7 @@ class Role:
     def assert_all_gone(self, seconds: float = 1.0) -> float:
         """Waits until nothing of it is left and says how long that took."""
         begin = time.monotonic()
-        if not procs.wait_until(lambda: not self.family(), seconds * SLACK):
+        if not procs.wait_until(lambda: not self.family(), seconds * SLACK, step=0.02):
             raise AssertionError(f"left after {seconds * SLACK:.1f} s: {procs.describe(self.family())}")
         return time.monotonic() - begin
 

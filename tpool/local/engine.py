@@ -19,7 +19,9 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 from collections.abc import Callable
+from time import monotonic
 from typing import Any
 
 from tpool.engine import WorkerAction
@@ -43,6 +45,10 @@ from tpool.messages import (
     WorkerExited,
 )
 from tpool.tensors.payload import Payload
+
+# How long the exit status of an ended worker is waited for. The zygote answers within a millisecond, unless it was
+# stopped or the machine is very busy; then only the status in a message is lost.
+REAP_SECONDS = 0.25
 
 Source = Callable[[int, list[Event]], None]
 
@@ -73,6 +79,7 @@ class LocalEngine:
             self._memory.close()
             raise
         self._members: dict[int, Member] = {}
+        self._unreaped: dict[int, float] = {}  # ended workers whose status is due, until when
         self._launched = 0
         self._epoll = select.epoll()
         self._sources: dict[int, Source] = {}
@@ -132,8 +139,19 @@ class LocalEngine:
             member.channel.put(Kind.RETIRE, b"")
             self._flush(member)
         elif isinstance(action, KillWorker):
-            member.kill()
+            return self._kill(member)
         return []
+
+    def _kill(self, member: Member) -> list[Event]:
+        if member.pidfd is not None:
+            member.kill()
+            return []
+        # It has no process yet, and a zygote that hangs may never make one. A process that comes late finds nobody.
+        events: list[Event] = []
+        member.story = "was stopped while it started"
+        member.ended = member.reaped = True
+        self._finish_if_gone(member, events)
+        return events
 
     def _start(self, action: StartWorker) -> list[Event]:
         ours, theirs = channel_pair()
@@ -162,8 +180,12 @@ class LocalEngine:
             self._tidy_up()
             if self._hunger.check(self._members.values(), self.may_give_back, self._flush):
                 timeout = STARVING_SECONDS if timeout is None else min(timeout, STARVING_SECONDS)
+            if self._unreaped:
+                timeout = REAP_SECONDS if timeout is None else min(timeout, REAP_SECONDS)
             ready = self._epoll.poll(timeout)
         events: list[Event] = []
+        if self._unreaped:
+            self._stop_waiting_for_status(events)
         for fd, mask in ready:
             source = self._sources.get(fd)
             if source is not None:  # an earlier one of this round may have closed it
@@ -224,6 +246,8 @@ class LocalEngine:
             member = self._members.get(event.token)
             if member is None:
                 if isinstance(event, Launched):
+                    with contextlib.suppress(ProcessLookupError):
+                        signal.pidfd_send_signal(event.pidfd, signal.SIGKILL)
                     os.close(event.pidfd)
                 continue
             if isinstance(event, Launched):
@@ -245,7 +269,19 @@ class LocalEngine:
         member.ended = True
         self._unwatch(member.pidfd)  # it stays readable
         self._take_launch_events(self._launcher.reap(int(member.id), member.pidfd), events)
-        self._finish_if_gone(member, events)
+        if not member.reaped:
+            self._unreaped[member.id] = monotonic() + REAP_SECONDS
+
+    def _stop_waiting_for_status(self, events: list[Event]) -> None:
+        """A worker has ended, but a zygote that hangs does not say how."""
+        now = monotonic()
+        for worker, deadline in list(self._unreaped.items()):
+            member = self._members.get(worker)
+            if member is None:
+                del self._unreaped[worker]
+            elif now >= deadline:
+                member.reaped = True
+                self._finish_if_gone(member, events)
 
     def _finish_if_gone(self, member: Member, events: list[Event]) -> None:
         """Believe the death: but first hear what the dead one had still said."""

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, NoReturn, cast
 
-from tpool.errors import MaybeEncodingError, ProtocolError, TpoolError
+from tpool.errors import DecodeError, MaybeEncodingError, ProtocolError, TpoolError
 from tpool.local import identity, wire
 from tpool.local.calls import JobCalls, apply_call
 from tpool.local.channel import Channel, Frame
@@ -88,6 +88,7 @@ class Worker:
         self._thread = threading.get_ident()
         self._starving = False  # the parent was told, since the last reply, that we wait for memory
         self._hopeless = False
+        self._group_error: DecodeError | None = None
         self._poll = select.poll()
         self._poll.register(self._channel.fileno(), select.POLLIN)
 
@@ -211,7 +212,11 @@ class Worker:
         kind = frame.kind
         if kind == Kind.GROUP:
             group = GroupId(wire.unpack_id(frame.body))
-            self._codec.load_group(group, self._unpack(frame, wire.ID_NBYTES))
+            received = self._unpack(frame, wire.ID_NBYTES)
+            try:
+                self._codec.load_group(group, received)
+            except DecodeError as error:
+                self._group_error = error  # tasks that need what it held will fail, and should say why
         elif kind == Kind.ARENA:
             arena_id = wire.unpack_id(frame.body)
             self._known_arenas.add(arena_id)
@@ -256,6 +261,8 @@ class Worker:
             payload = self._encode_value(self._call(job, received))
             status = Status.VALUE
         except BaseException as error:
+            if isinstance(error, DecodeError) and error.__cause__ is None:
+                error.__cause__ = self._group_error
             payload, tb = self._encode_error(error)
             status = Status.ERROR
         del received  # the arguments' leases end before the reply, so that they are given back with it

@@ -31,8 +31,11 @@ import signal
 import socket
 import struct
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
+from time import monotonic, sleep
 from typing import NoReturn
 
 from tpool.local.channel import Channel, Frame
@@ -64,6 +67,13 @@ def raise_not_single_threaded() -> None:
             f"the zygote has {count} threads after its imports, so it cannot fork safely; a module in preload "
             "starts threads when it is imported: leave it out of preload"
         )
+
+
+def wait_for_single_thread(seconds: float = 0.5) -> None:
+    """Wait for a thread that was joined to leave the kernel's list, which it does a moment later."""
+    deadline = monotonic() + seconds
+    while len(os.listdir("/proc/self/task")) > 1 and monotonic() < deadline:
+        sleep(0.001)
 
 
 @dataclass(slots=True)
@@ -213,6 +223,34 @@ class ZygoteServer:
             signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
 
 
+@contextlib.contextmanager
+def _dying_with(parent_pid: int) -> Iterator[None]:
+    """Watch the parent from a thread while this one is busy with imports, which take seconds.
+
+    The thread has ended when this returns: a zygote with two threads could not fork.
+    """
+    done_reader, done_writer = os.pipe()
+    parent_pidfd = os.pidfd_open(parent_pid)
+
+    def watch() -> None:
+        poll = select.poll()
+        for fd in (done_reader, parent_pidfd):
+            poll.register(fd, select.POLLIN)
+        if any(fd == parent_pidfd for fd, _ in poll.poll()):
+            os._exit(1)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        os.close(done_writer)
+        thread.join()
+        wait_for_single_thread()
+        os.close(done_reader)
+        os.close(parent_pidfd)
+
+
 def _import_all(config: ZygoteConfig) -> str | None:
     """Import what workers need; returns the story of a failure, for every request to hear."""
     sys.path[:] = config.path
@@ -221,7 +259,6 @@ def _import_all(config: ZygoteConfig) -> str | None:
 
         for name in config.preload:
             importlib.import_module(name)
-        raise_not_single_threaded()
     except Exception as error:
         return f"{error}\n{traceback.format_exc()}"
     return None
@@ -242,7 +279,8 @@ def zygote_main(control_fd: int, parent_pid: int) -> None:
     frames: list[Frame] = []
     while not frames:
         frames = control.receive()
-    error = _import_all(pickle.loads(frames.pop(0).body))
+    with _dying_with(parent_pid):
+        error = _import_all(pickle.loads(frames.pop(0).body))
     gc.collect()
     gc.freeze()  # the collector would write into every object's header, and so copy every shared page
     gc.disable()
