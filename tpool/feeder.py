@@ -24,6 +24,7 @@ TASKS_PER_WORKER = 4
 # For microsecond tasks: several messages' worth for each worker. More gained nothing, and delays the end of a stream.
 MAX_TASKS_PER_WORKER = 256
 WIDE_TASK_SECONDS = 200e-6
+LOOK_AGAIN = 16
 WIDE_ITEM_NBYTES = 4096
 
 
@@ -51,6 +52,7 @@ class Feeder:
         self._stream = stream
         self._iterable: Iterable[Any] | None = iterable
         self._processes = processes
+        self._wide = False  # tasks of microseconds that carry little
         self._drawn = 0
         self._drawn_nbytes = 0  # of all items so far; their mean estimates what is outstanding
 
@@ -86,35 +88,42 @@ class Feeder:
 
     def _feed(self, iterator: Iterator[Any]) -> None:
         stream = self._stream
-        while True:
-            if not self._has_room():
+        while not stream.cancelled:
+            room = self._room()
+            if room <= 0:
                 self._wait_for_room()
-            if stream.cancelled:
-                return
-            chunk = list(itertools.islice(iterator, self._chunksize))
-            if not chunk:
-                return
-            chunk.reverse()
-            while chunk:  # each item is held by nobody but its payload once it was sent
-                self._send(chunk.pop())
+                continue
+            # The limit is looked at again soon: it follows what the tasks turn out to be.
+            for _ in range(min(room, LOOK_AGAIN)):
+                chunk = list(itertools.islice(iterator, self._chunksize))
+                if not chunk:
+                    return
+                chunk.reverse()
+                while chunk:  # each item is held by nobody but its payload once it was sent
+                    self._send(chunk.pop())
 
     def _send(self, item: Any) -> None:
         index = self._drawn
         self._drawn += 1
+        handler = self._handler
         try:
-            payload = self._handler.engine.encode(item, patient=True)
+            payload = handler.engine.encode(item, patient=True)
         except BaseException as error:
             self._stream.resolve(index, Failure(error))
             return
-        self._drawn_nbytes += self._handler.engine.encoded_nbytes(payload)
-        self._handler.submit(Task(self._job, index, payload))
+        self._drawn_nbytes += handler.engine.encoded_nbytes(payload)
+        if self._wide:
+            handler.submit_soon(Task(self._job, index, payload))
+        else:
+            handler.submit(Task(self._job, index, payload))
 
     def _limit(self) -> int:
         """How many items may be outstanding now."""
         mean_nbytes = self._drawn_nbytes // max(1, self._drawn)
+        self._wide = mean_nbytes <= WIDE_ITEM_NBYTES and 0 < self._stream.seconds < WIDE_TASK_SECONDS
         if self._window is not None:
             limit = self._window
-        elif mean_nbytes <= WIDE_ITEM_NBYTES and 0 < self._stream.seconds < WIDE_TASK_SECONDS:
+        elif self._wide:
             limit = MAX_TASKS_PER_WORKER * self._processes
         else:
             limit = TASKS_PER_WORKER * self._processes
@@ -122,8 +131,11 @@ class Feeder:
             limit = min(limit, max(self._processes, self._max_nbytes // mean_nbytes))
         return limit
 
-    def _has_room(self) -> bool:
-        return self._stream.unbounded or self._drawn - self._stream.consumed < self._limit()
+    def _room(self) -> int:
+        """How many chunks may be drawn now; the last of them may overshoot the limit by less than a chunk."""
+        if self._stream.unbounded:
+            return LOOK_AGAIN
+        return -(-(self._limit() - self._drawn + self._stream.consumed) // self._chunksize)
 
     def _wait_for_room(self) -> None:
         stream = self._stream

@@ -63,6 +63,11 @@ logger = logging.getLogger("tpool")
 # what is left then dies with this process anyway.
 EXIT_SECONDS = 2.0
 
+# A feeder of microsecond tasks would wake this thread for each one, which costs more than the task; so it lets them
+# gather, this many, or for this long. Longer would be felt by a stream whose input is slower than its tasks.
+NAP_TASKS = 32
+NAP_SECONDS = 0.0005
+
 
 class Handler:
     """Runs a pool.
@@ -88,6 +93,9 @@ class Handler:
         self._sinks: dict[JobId, Sink] = {}
         self._job_ids = itertools.count(1)
         self._asleep = False
+        # Tasks were submitted "soon", so this thread only naps; written before _asleep, read after it.
+        self._napping = False
+        self._more_soon = False
         self._followups: deque[Event] = deque()
         self._begun = threading.Event()
         self._ended = threading.Event()
@@ -138,7 +146,21 @@ class Handler:
 
     def submit(self, task: Task) -> None:
         """Add a task to the end of its job."""
-        self.post(task)
+        self._inbox.append(task)
+        if self._asleep:
+            self.engine.wake()
+        if self._last_words is not None:
+            self._abandon_all()
+
+    def submit_soon(self, task: Task) -> None:
+        """Add a task of microseconds to the end of its job: many of them are taken up together, in ``NAP_SECONDS``."""
+        inbox = self._inbox
+        inbox.append(task)
+        self._more_soon = True
+        if self._asleep and (not self._napping or len(inbox) >= NAP_TASKS):
+            self.engine.wake()
+        if self._last_words is not None:
+            self._abandon_all()
 
     def post(self, item: Event | Task) -> None:
         """Tell the scheduler; takes no lock, so finalizers may call it."""
@@ -148,7 +170,7 @@ class Handler:
         self._inbox.extend(items)
         if self._asleep:
             self.engine.wake()
-        if self._ended.is_set():
+        if self._last_words is not None:
             self._abandon_all()
 
     def terminate(self) -> None:
@@ -215,12 +237,14 @@ class Handler:
     def _take_events(self) -> None:
         if self._ended.is_set():
             return
+        self._napping, self._more_soon = self._more_soon, False
         self._asleep = True
-        timeout: float | None = None
+        timeout: float | None = NAP_SECONDS if self._napping else None
         if self._inbox:
             timeout = 0.0
         elif self._scheduler.wake_at is not None:
-            timeout = max(0.0, self._scheduler.wake_at - monotonic())
+            until = max(0.0, self._scheduler.wake_at - monotonic())
+            timeout = until if timeout is None else min(until, timeout)
         events = self.engine.wait(timeout)
         self._asleep = False
         for event in events:

@@ -101,8 +101,10 @@ class LocalEngine:
 
     def encoded_nbytes(self, encoded: Payload) -> int:
         """See Engine."""
-        data_nbytes = len(encoded.data) if isinstance(encoded.data, bytes) else 0
-        return data_nbytes + wire.moved_nbytes(encoded)
+        if type(encoded.data) is bytes:
+            nbytes = len(encoded.data)
+            return nbytes + wire.moved_nbytes(encoded) if encoded.blocks else nbytes
+        return wire.moved_nbytes(encoded)
 
     def open_job(self, job: JobId, mode: int, function: Payload | None) -> None:
         """See Engine."""

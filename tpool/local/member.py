@@ -37,6 +37,10 @@ logger = logging.getLogger("tpool")
 
 PIDFD_SIGNAL_PROCESS_GROUP = 4  # Linux 6.9, pidfd_send_signal(2)
 
+# Plain numbers: an enum's attribute costs as much as the comparison, and these are looked at once per result.
+_RESULT = int(Kind.RESULT)
+_ERROR = int(Status.ERROR)
+
 Jobs = dict[JobId, tuple[int, Payload]]
 
 
@@ -124,6 +128,7 @@ class Member:
         self.story = ""  # why we gave it up, where it was us
         self.watching_write = False
         self._memory = memory
+        self._codec = memory.codec
         self._peer = memory.peers[slot]
         self._jobs = jobs
         self._traffic = traffic
@@ -255,7 +260,7 @@ class Member:
         """
         results: list[tuple[JobId, int, Any, float]] = []
         for frame in frames:
-            if frame.kind == Kind.RESULT:
+            if frame.kind == _RESULT:
                 results.append(self._result(frame))
                 continue
             if results:
@@ -268,15 +273,16 @@ class Member:
     def _result(self, frame: Frame) -> tuple[JobId, int, Any, float]:
         self.starving = False
         self._held -= 1
-        job, index, seconds, status, text_nbytes = wire.unpack_head(wire.RESULT, frame.body)
+        body = frame.body
+        job, index, seconds, status, text_nbytes = wire.unpack_head(wire.RESULT, body)
         start = wire.RESULT.size + text_nbytes
-        text = frame.body[wire.RESULT.size : start].decode(errors="replace") if text_nbytes else ""
-        received = self._unpack(frame, start)
-        self._traffic.piped_nbytes += len(frame.body)
+        text = body[wire.RESULT.size : start].decode(errors="replace") if text_nbytes else ""
+        received = wire.unpack_payload(body, start, frame.fds, self._receive_block)[0]
+        self._traffic.piped_nbytes += len(body)
         if received.blocks or type(received.data) is not bytes:
             self._traffic.moved_nbytes += wire.moved_nbytes(received)
-        result = LocalResult(status == Status.ERROR, received, text, seconds, self._memory.codec)
-        self._memory.release_foreign()
+            self._memory.release_foreign()
+        result = LocalResult(status == _ERROR, received, text, seconds, self._codec)
         return JobId(job), index, result, seconds
 
     def _unpack(self, frame: Frame, position: int) -> Received:
@@ -308,7 +314,7 @@ class Member:
             start = wire.COUNT_NBYTES + wire.unpack_count(frame.body)
             text = frame.body[wire.COUNT_NBYTES : start].decode(errors="replace")
             received = self._unpack(frame, start)
-            events.append(InitializerFailed(self.id, LocalResult(True, received, text, 0.0, self._memory.codec)))
+            events.append(InitializerFailed(self.id, LocalResult(True, received, text, 0.0, self._codec)))
         else:
             raise ProtocolError(f"a frame of unknown kind {kind}")
 

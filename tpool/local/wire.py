@@ -113,6 +113,11 @@ def unpack_payload(body: bytes, position: int, fds: list[int], receive: ReceiveB
     except struct.error as error:
         raise ProtocolError("a payload is cut off") from error
     position += _PAYLOAD.size
+    if not (block_count or fd_count or flags):  # the common case of small results
+        end = position + inline_nbytes
+        if end > len(body):
+            raise ProtocolError("a payload is longer than its frame")
+        return Received(body[position:end], [], []), end
     end = position + block_count * _BLOCK.size + inline_nbytes
     if end > len(body) or fd_count > len(fds):
         raise ProtocolError("a payload is longer than its frame")
