@@ -648,3 +648,10 @@ def test_a_large_map_is_not_in_the_way_of_a_small_call(pool):
     assert time.monotonic() - start < 1.0
     assert not big.ready()
     big.wait(DEADLINE)
+
+
+def test_pools_in_turn_all_end(method):
+    """A worker's end is told by two messengers, in either order; the pool once waited for ever for the second."""
+    for _ in range(20 if method != "spawn" else 2):
+        with tpool.Pool(2, context=method) as pool:
+            assert pool.map(tasks.double, range(4), chunksize=1) == [0, 2, 4, 6]

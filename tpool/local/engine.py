@@ -271,7 +271,9 @@ class LocalEngine:
         member.ended = True
         self._unwatch(member.pidfd)  # it stays readable
         self._take_launch_events(self._launcher.reap(int(member.id), member.pidfd), events)
-        if not member.reaped:
+        if member.reaped:
+            self._finish_if_gone(member, events)
+        else:
             self._unreaped[member.id] = monotonic() + REAP_SECONDS
 
     def _stop_waiting_for_status(self, events: list[Event]) -> None:
@@ -336,6 +338,9 @@ class LocalEngine:
         self._epoll.close()
         wake_fd, self._wake_fd = self._wake_fd, -1
         os.close(wake_fd)
+        # The caller's objects go now, not when the collector finds our cycles.
+        self._sources.clear()
         self._jobs.clear()
         self._initializer = None
+        self._settings.initializer, self._settings.initargs = None, ()
         self._memory.close()

@@ -305,7 +305,7 @@ class ForkLauncher(_ChildLauncher):
     """
 
     def __init__(self, inheritance: Inheritance, close_inherited: Callable[[int, int], None]) -> None:
-        self._inheritance = inheritance
+        self._inheritance: Inheritance | None = inheritance
         self._close_inherited = close_inherited
 
     def launch(self, token: int, sock_fd: int, claims_fd: int) -> list[LaunchEvent]:
@@ -323,11 +323,16 @@ class ForkLauncher(_ChildLauncher):
             self._become_worker(sock_fd, claims_fd, parent_pid)
         return [Launched(token, pid, os.pidfd_open(pid))]
 
+    def close(self) -> None:
+        """See Launcher."""
+        self._inheritance = None
+
     def _become_worker(self, sock_fd: int, claims_fd: int, parent_pid: int) -> NoReturn:
+        inheritance = self._inheritance  # closing what is inherited drops it here
         try:
             zygote.die_with_parent(parent_pid)
             self._close_inherited(sock_fd, claims_fd)
-            worker_main(sock_fd, claims_fd, self._inheritance)
+            worker_main(sock_fd, claims_fd, inheritance)
         finally:
             os._exit(1)
 

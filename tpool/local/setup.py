@@ -176,6 +176,7 @@ class PoolMemory:
         for arena in (self._caller, *self._slots, *self._foreign):
             self.table.remove(arena)
         self._ledger.close()
+        self.baseline = None
         self.table.collect()  # our forked workers are gone, and with them what they held
 
 
