@@ -66,6 +66,7 @@ class LocalEngine:
         self._settings = settings
         self.traffic = Traffic()
         self._hunger = Hunger(self.wake)
+        self._hungry = False  # somebody waits for memory: idle memory of ours is to be found and given up
         self.may_give_back: Callable[[], bool] = lambda: False
         self._memory = PoolMemory(settings, self._hunger.wait)
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -177,10 +178,15 @@ class LocalEngine:
 
     def wait(self, timeout: float | None) -> list[Event]:
         """See Engine."""
-        ready = self._epoll.poll(0)
+        ready: list[tuple[int, int]] = []
+        if timeout == 0 or self._hungry or self._has_news():
+            # News travels with the next message, if there is one to come at once.
+            ready = self._epoll.poll(0)
+            if not ready:
+                self._tidy_up()
         if not ready and timeout != 0:
-            self._tidy_up()
-            if self._hunger.check(self._members.values(), self.may_give_back, self._flush):
+            self._hungry = self._hunger.check(self._members.values(), self.may_give_back, self._flush)
+            if self._hungry:
                 timeout = STARVING_SECONDS if timeout is None else min(timeout, STARVING_SECONDS)
             if self._unreaped:
                 timeout = REAP_SECONDS if timeout is None else min(timeout, REAP_SECONDS)
@@ -194,6 +200,9 @@ class LocalEngine:
                 source(mask, events)
         self._hunger.tell_news()
         return events
+
+    def _has_news(self) -> bool:
+        return self._memory.table.has_dead or any(member.has_news for member in self._members.values())
 
     def _tidy_up(self) -> None:
         """Before this thread blocks: give back what died, so that nobody waits for it."""

@@ -209,6 +209,11 @@ class Member:
             self._sent_jobs.discard(job)
             self._forget_jobs.append(job)
 
+    @property
+    def has_news(self) -> bool:
+        """Whether ``put_news`` would say something, dead views that nobody noticed yet aside."""
+        return bool(self._peer.pending or self._forget_jobs)
+
     def put_news(self) -> bool:
         """What travels with the next message or before we block; returns whether there was any."""
         give_backs = self._memory.table.take_give_backs(self._peer)

@@ -168,6 +168,11 @@ class BlockTable:
                 if mapped.allocator is not None:
                     trim_if_needed(mapped.allocator)
 
+    @property
+    def has_dead(self) -> bool:
+        """Whether views have died since the last call that looked; takes no lock."""
+        return bool(self._dead)
+
     def trim(self, arena: Arena | None = None, *, aged_only: bool = False) -> int:
         """Give free memory back to the system and to the pool's budget.
 
