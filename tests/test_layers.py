@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "tpool"
 
 # From the ground up. Modules of one row may not import each other.
 ROWS = [
-    ["tpool.errors"],
+    ["tpool.errors", "tpool.local.deathwatch"],
     ["tpool.messages"],
     ["tpool.dispatch"],
     ["tpool.scheduler"],

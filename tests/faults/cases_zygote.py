@@ -22,15 +22,20 @@ def zygote_of(env: Env, pids):
     return parent
 
 
+def kill_zygote(env: Env, pids):
+    """Kills it and waits for its end and its workers', which until then could still take a task and lose it."""
+    zygote = zygote_of(env, pids)
+    os.kill(zygote, signal.SIGKILL)
+    gone = [zygote, *pids] if env.is_tpool else [zygote]  # elsewhere orphans live on
+    assert procs.wait_until(lambda: not any(map(procs.alive, gone)), 3), "old workers live on"
+
+
 @case(5, "the zygote is killed while workers are idle: new tasks run", methods=("forkserver",))
 def zygote_killed_idle(env: Env):
     pool = env.pool(2)
-    pids = env.worker_pids(pool)
-    os.kill(zygote_of(env, pids), signal.SIGKILL)
+    kill_zygote(env, env.worker_pids(pool))
     env.usable(pool)
     env.worker_pids(pool)
-    if env.is_tpool:  # a worker without its zygote would have nobody to end it with the parent
-        assert procs.wait_until(lambda: not any(map(procs.alive, pids)), 3), "old workers live on"
 
 
 @case(5, "the zygote is killed while tasks run: they say so, the pool goes on", methods=("forkserver",))
@@ -53,7 +58,7 @@ def zygote_killed_busy(env: Env):
 def zygote_killed_often(env: Env):
     pool = env.pool(2)
     for _ in range(3):
-        os.kill(zygote_of(env, env.worker_pids(pool)), signal.SIGKILL)
+        kill_zygote(env, env.worker_pids(pool))
         env.usable(pool)
 
 
@@ -61,9 +66,8 @@ def zygote_killed_often(env: Env):
 def zygote_and_worker_killed(env: Env):
     pool = env.pool(2)
     pids = env.worker_pids(pool)
-    zygote = zygote_of(env, pids)
     os.kill(pids[0], signal.SIGKILL)
-    os.kill(zygote, signal.SIGKILL)
+    kill_zygote(env, pids[1:])
     env.usable(pool)
 
 

@@ -129,7 +129,7 @@ class SharedZygote:
     def _start(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
-            code = f"zygote_main({_CHILD_FD}, {os.getpid()})"
+            code = f"zygote_main({_CHILD_FD}, {os.getpid()}, end_watch)"
             # OpenBLAS starts its threads when it is loaded; nothing else reads this later.
             environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
             self.pid = _spawn_interpreter("tpool.local.zygote", "zygote_main", code, theirs.fileno(), environment)
@@ -342,7 +342,7 @@ class SpawnLauncher(_ChildLauncher):
 
     def launch(self, token: int, sock_fd: int, claims_fd: int) -> list[LaunchEvent]:
         """See Launcher."""
-        code = f"spawned_main({_CHILD_FD}, {_CHILD_FD + 1}, {os.getpid()})"
+        code = f"spawned_main({_CHILD_FD}, {_CHILD_FD + 1}, {os.getpid()}, end_watch)"
         try:
             pid = _spawn_interpreter("tpool.local.launch", "spawned_main", code, sock_fd, dict(os.environ), claims_fd)
         except OSError as error:
@@ -350,9 +350,10 @@ class SpawnLauncher(_ChildLauncher):
         return [Launched(token, pid, os.pidfd_open(pid))]
 
 
-def spawned_main(sock_fd: int, claims_fd: int, parent_pid: int) -> NoReturn:
+def spawned_main(sock_fd: int, claims_fd: int, parent_pid: int, end_watch: Callable[[], None]) -> NoReturn:
     """Be a worker in a fresh interpreter."""
     zygote.die_with_parent(parent_pid)
+    end_watch()
     for fd in (sock_fd, claims_fd):
         os.set_inheritable(fd, False)
     worker_main(sock_fd, claims_fd)
@@ -370,7 +371,12 @@ def _spawn_interpreter(
     The descriptors arrive as ``_CHILD_FD`` and the one after it; standard input is empty.
     """
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    program = f"import sys; sys.path.insert(0, {root!r}); from {module} import {name}; {code}"
+    watch = os.path.join(os.path.dirname(os.path.abspath(__file__)), "deathwatch.py")
+    program = (
+        f"import importlib.util as u; s = u.spec_from_file_location('deathwatch', {watch!r}); "
+        f"m = u.module_from_spec(s); s.loader.exec_module(m); end_watch = m.watch({os.getpid()}); "
+        f"import sys; sys.path.insert(0, {root!r}); from {module} import {name}; {code}"
+    )
     executable = os.fsdecode(spawn.get_executable())
     arguments = [executable, *subprocess._args_from_interpreter_flags(), "-c", program]  # type: ignore[attr-defined]
     # Duplicates above the targets, so that one dup2 cannot overwrite the source of another.

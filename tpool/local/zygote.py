@@ -31,9 +31,8 @@ import signal
 import socket
 import struct
 import sys
-import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic, sleep
 from typing import NoReturn
@@ -223,34 +222,6 @@ class ZygoteServer:
             signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
 
 
-@contextlib.contextmanager
-def _dying_with(parent_pid: int) -> Iterator[None]:
-    """Watch the parent from a thread while this one is busy with imports, which take seconds.
-
-    The thread has ended when this returns: a zygote with two threads could not fork.
-    """
-    done_reader, done_writer = os.pipe()
-    parent_pidfd = os.pidfd_open(parent_pid)
-
-    def watch() -> None:
-        poll = select.poll()
-        for fd in (done_reader, parent_pidfd):
-            poll.register(fd, select.POLLIN)
-        if any(fd == parent_pidfd for fd, _ in poll.poll()):
-            os._exit(1)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        os.close(done_writer)
-        thread.join()
-        wait_for_single_thread()
-        os.close(done_reader)
-        os.close(parent_pidfd)
-
-
 def _import_all(config: ZygoteConfig) -> str | None:
     """Import what workers need; returns the story of a failure, for every request to hear."""
     sys.path[:] = config.path
@@ -264,12 +235,13 @@ def _import_all(config: ZygoteConfig) -> str | None:
     return None
 
 
-def zygote_main(control_fd: int, parent_pid: int) -> None:
+def zygote_main(control_fd: int, parent_pid: int, end_watch: Callable[[], None]) -> None:
     """Be the zygote; returns when it is no longer needed.
 
     Args:
         control_fd: a socket on which the caller's process sends a ``ZygoteConfig`` and then connections.
         parent_pid: the caller's process.
+        end_watch: ends the watch over the parent that began before the imports; see ``deathwatch``.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sock = socket.socket(fileno=control_fd)
@@ -279,8 +251,9 @@ def zygote_main(control_fd: int, parent_pid: int) -> None:
     frames: list[Frame] = []
     while not frames:
         frames = control.receive()
-    with _dying_with(parent_pid):
-        error = _import_all(pickle.loads(frames.pop(0).body))
+    error = _import_all(pickle.loads(frames.pop(0).body))
+    end_watch()
+    wait_for_single_thread()
     gc.collect()
     gc.freeze()  # the collector would write into every object's header, and so copy every shared page
     gc.disable()
