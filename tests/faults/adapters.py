@@ -10,6 +10,7 @@ from __future__ import annotations
 import concurrent.futures
 import importlib.util
 import multiprocessing
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -76,10 +77,21 @@ class ExecutorPool:
         self.executor = executor
         self.submit = submit
         self.close = close
-        self.join = join
+        self._join = join
+        self._futures: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def join(self) -> None:
+        """Not every executor still waits when it was told to shut down before."""
+        concurrent.futures.wait(list(self._futures))
+        self._join()
+
+    def _submit(self, function, *args, **kwds):
+        future = self.submit(function, *args, **kwds)
+        self._futures.add(future)
+        return future
 
     def apply_async(self, function, args=(), kwds=None, callback=None, error_callback=None):
-        future = self.submit(function, *args, **(kwds or {}))
+        future = self._submit(function, *args, **(kwds or {}))
 
         def done(finished):
             if finished.cancelled():
@@ -98,16 +110,16 @@ class ExecutorPool:
         return self.apply_async(function, args, kwds).get()
 
     def map_async(self, function, iterable, chunksize=None):
-        return FutureListResult([self.submit(function, item) for item in iterable])
+        return FutureListResult([self._submit(function, item) for item in iterable])
 
     def map(self, function, iterable, chunksize=None):
         return self.map_async(function, iterable).get()
 
     def imap(self, function, iterable, chunksize=1):
-        return FutureIterator([self.submit(function, item) for item in iterable])
+        return FutureIterator([self._submit(function, item) for item in iterable])
 
     def imap_unordered(self, function, iterable, chunksize=1):
-        return FutureIterator(concurrent.futures.as_completed([self.submit(function, item) for item in iterable]))
+        return FutureIterator(concurrent.futures.as_completed([self._submit(function, item) for item in iterable]))
 
 
 class Adapter:

@@ -202,7 +202,7 @@ class LocalEngine:
         return events
 
     def _has_news(self) -> bool:
-        return self._memory.table.has_dead or any(member.has_news for member in self._members.values())
+        return self._memory.table.may_collect or any(member.has_news for member in self._members.values())
 
     def _tidy_up(self) -> None:
         """Before this thread blocks: give back what died, so that nobody waits for it."""

@@ -169,9 +169,9 @@ class BlockTable:
                     trim_if_needed(mapped.allocator)
 
     @property
-    def has_dead(self) -> bool:
-        """Whether views have died since the last call that looked; takes no lock."""
-        return bool(self._dead)
+    def may_collect(self) -> bool:
+        """Whether ``collect`` may find something: views have died, or a forked child may have ended. Takes no lock."""
+        return bool(self._dead or self._held_by_fork)
 
     def trim(self, arena: Arena | None = None, *, aged_only: bool = False) -> int:
         """Give free memory back to the system and to the pool's budget.
