@@ -491,6 +491,32 @@ def test_a_closed_pools_memory(pair: Pair) -> None:
     assert table() is table()
 
 
+def test_a_removed_arena_closes_when_its_last_view_dies(pair: Pair) -> None:
+    blocks = [pair.b.allocate(100 * (i + 1)) for i in range(3)]
+    received = [pair.send(block, pair.b, pair.a) for block in blocks]
+    arena = received[0].arena
+    pair.a.table.forget(pair.a.other)
+    pair.a.table.remove(arena)
+    while received:
+        assert arena.fd >= 0
+        received.pop()
+    assert arena.fd < 0  # nobody called the table since
+
+
+def test_views_of_a_removed_arena_may_die_in_several_threads(pair: Pair) -> None:
+    received = [pair.send(pair.b.allocate(64), pair.b, pair.a) for _ in range(400)]
+    arena = received[0].arena
+    pair.a.table.remove(arena)
+    parts = [received[i::4] for i in range(4)]
+    received.clear()
+    threads = [threading.Thread(target=part.clear) for part in parts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert arena.fd < 0
+
+
 # Collections and threads ------------------------------------------------------------------------------------------
 
 

@@ -63,7 +63,16 @@ class BlockTable:
             mapped = self._mapped.get(arena.id)
             if mapped is not None and mapped.arena is arena:
                 mapped.removed = True
+                for entry in list(self._entries.values()):
+                    if entry.mapped is mapped:
+                        self._watch_closely(entry)
                 self._close_if_empty(mapped)
+
+    def _watch_closely(self, entry: Entry) -> None:
+        """Notice the death of this block's views at once: with its pool ended, nobody may ever call us again."""
+        guard = None if entry.watch is None else entry.watch()
+        if guard is not None:
+            entry.watch = self._watch_guard(guard, entry.address, at_once=True)
 
     def arena(self, id: int) -> Arena | None:
         """The arena of that id, if this process has mapped it."""
@@ -102,18 +111,36 @@ class BlockTable:
                 offset = allocator.allocate(nbytes)
         if offset is None:
             return None
-        guard, watch = self._watch(arena, offset)
+        guard, watch = self._watch(mapped, offset)
         self._entries[watch.address] = Entry(mapped, offset, nbytes, watch, None)
         return Block(arena, offset, nbytes, view_of(guard, nbytes))
 
-    def _watch(self, arena: Arena, offset: int) -> tuple[Guard, Watch]:
+    def _watch(self, mapped: Mapped, offset: int) -> tuple[Guard, Watch]:
+        arena = mapped.arena
         try:
             guard = arena.guard(offset)
         except ValueError as error:
             raise PoolEndedError("the pool was closed meanwhile") from error
-        watch = Watch(guard, self._dead.append)
-        watch.address = arena.address + offset
-        return guard, watch
+        return guard, self._watch_guard(guard, arena.address + offset, at_once=mapped.removed)
+
+    def _watch_guard(self, guard: Guard, address: int, *, at_once: bool) -> Watch:
+        watch = Watch(guard, self._notice if at_once else self._dead.append)
+        watch.address = address
+        return watch
+
+    def _notice(self, watch: Watch) -> None:
+        """A view died whose pool has ended.
+
+        In any thread, inside any collection: it must not wait for the lock. Whoever has that drains on leaving, if
+        they came here; another pool's thread drains before it goes idle.
+        """
+        self._dead.append(watch)
+        lock = self._lock
+        while self._dead and lock.acquire(blocking=False):
+            try:
+                self._drain()
+            finally:
+                lock.release()
 
     def find(self, address: int) -> Block | None:
         """The live block that starts at this address, in any arena; None if there is none or its views are dead."""

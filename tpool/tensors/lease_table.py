@@ -61,7 +61,7 @@ class LeaseTable(BlockTable):
         arena = mapped.arena
         if nbytes < 1 or offset < 0 or offset % ALIGNMENT or offset + nbytes > arena.nbytes:
             raise ProtocolError(f"{peer.name} sent a block of {nbytes} bytes at {offset} in {arena.nbytes}")
-        guard, watch = self._watch(arena, offset)
+        guard, watch = self._watch(mapped, offset)
         entry = Entry(mapped, offset, nbytes, watch, peer)
         with self._lock:
             if self._dead:
