@@ -18,6 +18,7 @@ from tpool.messages import (
     JobId,
     JobOpened,
     JobSealed,
+    JobSubmitted,
     PoolClosed,
     PoolTerminated,
     RecallSettled,
@@ -33,6 +34,7 @@ from tpool.messages import (
 from tpool.scheduler import MAX_START_FAILURES, START_GRACE_SECONDS, Scheduler
 
 FAST = 1e-6
+HALF = MAX_BATCH // 2  # what travels in one message of fast tasks
 SLOW = 1.0
 
 
@@ -132,6 +134,18 @@ class TestLayers:
 
 
 class TestJobs:
+    def test_a_job_may_come_with_all_its_tasks(self) -> None:
+        world = World(1)
+        tasks = [Task(JobId(7), 0, None)]
+        assert world.say(JobSubmitted(JobId(7), tasks)) == [("SendTasks", 0, [(7, 0)])]
+        assert world.finish(0) == [("ResolveTasks", [((7, 0), "result")]), ("FinishJob", 7)]
+
+    def test_a_job_that_comes_too_late_fails(self) -> None:
+        world = World(1)
+        world.say(PoolTerminated("stopped"))
+        late = world.say(JobSubmitted(JobId(7), [Task(JobId(7), 0, None)]))
+        assert late == [("FailTask", (7, 0), "stopped"), ("FinishJob", 7)]
+
     def test_a_task_is_sent_resolved_and_ends_its_job(self) -> None:
         world = World(1)
         assert world.open(7, tasks=1) == [("SendTasks", 0, [(7, 0)])]
@@ -164,13 +178,15 @@ class TestJobs:
     def test_a_job_with_long_tasks_takes_its_turn_among_short_ones(self) -> None:
         world = World(1)
         world.learn(1, FAST)
-        world.submit(1, 1000)
+        world.submit(1, 4000)
         world.open(2, tasks=1)
-        assert len(world.held[0]) == 64
-        assert sent(world.finish(0, 32, FAST)) == [(0, 32)]  # It was the short ones' turn.
-        assert named(world.finish(0, 32, FAST), "SendTasks") == []  # It runs down for the task of unknown length …
-        assert named(world.finish(0, 32, FAST), "SendTasks") == [("SendTasks", 0, [(2, 0)])]  # … and nothing follows.
-        assert sent(world.finish(0)) == [(0, 32), (0, 32)]
+        assert len(world.held[0]) == MAX_BATCH
+        assert sent(world.finish(0, HALF, FAST)) == [(0, HALF)]  # It was the short ones' turn.
+        assert named(world.finish(0, HALF, FAST), "SendTasks") == []  # It runs down for the task of unknown length …
+        assert named(world.finish(0, HALF, FAST), "SendTasks") == [
+            ("SendTasks", 0, [(2, 0)])
+        ]  # … and nothing follows.
+        assert sent(world.finish(0)) == [(0, HALF), (0, HALF)]
 
     def test_cancelling_drops_the_queue_and_lets_running_tasks_run(self) -> None:
         world = World(1)
@@ -225,19 +241,19 @@ class TestSendingAhead:
     def test_short_tasks_travel_many_to_a_message_and_two_messages_ahead(self) -> None:
         world = World(1)
         world.learn(7, FAST)
-        assert sent(world.submit(7, 1000)) == [(0, 32), (0, 32)]
-        assert sent(world.finish(0, 31, FAST)) == []
-        assert sent(world.finish(0, 1, FAST)) == [(0, 32)]
+        assert sent(world.submit(7, 4000)) == [(0, HALF), (0, HALF)]
+        assert sent(world.finish(0, HALF - 1, FAST)) == []
+        assert sent(world.finish(0, 1, FAST)) == [(0, HALF)]
 
     def test_a_worker_holds_at_most_the_work_of_a_moment(self) -> None:
         world = World(1)
         world.learn(7, AHEAD_SECONDS / 10)
-        assert sent(world.submit(7, 1000)) == [(0, 5), (0, 5)]
+        assert sent(world.submit(7, 4000)) == [(0, 5), (0, 5)]
 
     def test_long_tasks_are_never_sent_ahead(self) -> None:
         world = World(1)
         world.learn(7, AHEAD_SECONDS)
-        assert sent(world.submit(7, 1000)) == [(0, 1)]
+        assert sent(world.submit(7, 4000)) == [(0, 1)]
 
     def test_the_tail_travels_in_ever_smaller_portions(self) -> None:
         world = World(2)
@@ -247,15 +263,15 @@ class TestSendingAhead:
     def test_learns_quickly_that_tasks_have_become_long(self) -> None:
         world = World(1)
         world.learn(7, FAST)
-        world.submit(7, 1000)
-        world.finish(0, 32, 1e-3)
-        world.finish(0, 32, 1e-3)
-        assert sent(world.finish(0, 32, 1e-3)) == [(0, 1), (0, 1)]
+        world.submit(7, 4000)
+        world.finish(0, HALF, 1e-3)
+        world.finish(0, HALF, 1e-3)
+        assert sent(world.finish(0, HALF, 1e-3)) == [(0, 1), (0, 1)]
 
     def test_learns_quickly_that_tasks_have_become_short(self) -> None:
         world = World(1)
         world.learn(7, 1.0)
-        world.submit(7, 1000)
+        world.submit(7, 4000)
         messages = 0
         while len(world.held[0]) < MAX_BATCH:
             world.finish(0, len(world.held[0]), FAST)
@@ -265,14 +281,14 @@ class TestSendingAhead:
     def test_tasks_that_take_no_time_at_all_are_no_problem(self) -> None:
         world = World(1)
         world.learn(7, 0.0)
-        assert sent(world.submit(7, 1000)) == [(0, 32), (0, 32)]
+        assert sent(world.submit(7, 4000)) == [(0, HALF), (0, HALF)]
 
     def test_nothing_is_sent_to_a_busy_worker_that_was_not_heard_of_for_a_while(self) -> None:
         world = World(1)
         world.learn(7, FAST)
         world.submit(7, 1)
         world.now += RECALL_SECONDS
-        assert world.submit(7, 1000) == []
+        assert world.submit(7, 4000) == []
 
 
 class TestMaxTasks:

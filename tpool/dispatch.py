@@ -37,7 +37,7 @@ AHEAD_SECONDS = 2e-3
 """How much work a worker may hold. More: a message costs less per task. Less: a long task holds back less, and jobs
 take turns faster. A round trip is about 0.1 ms, so with 2 ms the wait for the next message is well hidden."""
 
-MAX_BATCH = 64
+MAX_BATCH = 256
 """The most tasks that a worker may hold where it is sent ahead; they come in two messages. More: no gain, as the
 cost of a message is spread over enough tasks already. Less: that cost shows in tasks of a few microseconds."""
 

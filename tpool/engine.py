@@ -93,6 +93,9 @@ class Engine(Protocol):
             Exception: whatever pickling raises.
         """
 
+    def encode_call(self, function: Any, args: tuple[Any, ...], kwds: dict[str, Any]) -> Encoded:
+        """Make a whole call ready to be sent, as ``encode`` does."""
+
     def encoded_nbytes(self, encoded: Encoded) -> int:
         """How much memory an encoded object takes while it waits to be sent and used."""
 

@@ -41,7 +41,7 @@ from tpool.messages import (
     FinishJob,
     JobId,
     JobOpened,
-    JobSealed,
+    JobSubmitted,
     KillWorker,
     PoolTerminated,
     RecallTasks,
@@ -65,7 +65,7 @@ EXIT_SECONDS = 2.0
 
 # A feeder of microsecond tasks would wake this thread for each one, which costs more than the task; so it lets them
 # gather, this many, or for this long. Longer would be felt by a stream whose input is slower than its tasks.
-NAP_TASKS = 32
+NAP_TASKS = 64
 NAP_SECONDS = 0.0005
 
 
@@ -142,7 +142,7 @@ class Handler:
         job = JobId(next(self._job_ids))
         self._sinks[job] = sink
         self.engine.open_job(job, mode, None)
-        self._post(JobOpened(job), Task(job, 0, payload), JobSealed(job))
+        self._post(JobSubmitted(job, [Task(job, 0, payload)]))
 
     def submit(self, task: Task) -> None:
         """Add a task to the end of its job."""

@@ -48,6 +48,15 @@ class JobOpened:
 
 
 @dataclass(slots=True, eq=False)
+class JobSubmitted:
+    """A caller made a job of these tasks, and no more will join it: JobOpened, TasksSubmitted and JobSealed in one."""
+
+    job: JobId
+    tasks: list[Task]
+    batch: int = 1
+
+
+@dataclass(slots=True, eq=False)
 class TasksSubmitted:
     """Tasks joined the end of an open job, in order of index."""
 
@@ -145,6 +154,7 @@ class TimePassed:
 
 Event = (
     JobOpened
+    | JobSubmitted
     | TasksSubmitted
     | JobSealed
     | JobCancelled

@@ -145,7 +145,7 @@ class Pool:
             self, f"apply({options.describe(func)})", self._callbacks, callback, error_callback
         )
         try:
-            payload = self._engine.encode((func, tuple(args), dict(kwds or {})))
+            payload = self._engine.encode_call(func, tuple(args), dict(kwds or {}))
         except Exception as error:  # as in the standard library: the result says so, not this call
             result.resolve(0, Failure(error))
             return result

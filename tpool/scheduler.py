@@ -47,6 +47,7 @@ from tpool.messages import (
     JobId,
     JobOpened,
     JobSealed,
+    JobSubmitted,
     KillWorker,
     PoolClosed,
     PoolTerminated,
@@ -143,14 +144,19 @@ class Scheduler:
 
     # Jobs ---------------------------------------------------------------------------------------------------------
 
-    def _job_opened(self, event: JobOpened) -> None:
+    def _job_opened(self, event: JobOpened | JobSubmitted) -> None:
         if event.job in self._jobs:
             raise AssertionError(f"job {event.job} was opened twice")
         if self._closed and not self._stopped:
             raise AssertionError(f"job {event.job} was opened after the pool was closed")
         self._jobs[event.job] = Job(event.job, portion=event.batch)
 
-    def _tasks_submitted(self, event: TasksSubmitted) -> None:
+    def _job_submitted(self, event: JobSubmitted) -> None:
+        self._job_opened(event)
+        self._tasks_submitted(event)
+        self._job_sealed(event)
+
+    def _tasks_submitted(self, event: TasksSubmitted | JobSubmitted) -> None:
         if event.job in self._unheeded:
             self._out.extend(map(DropTask, event.tasks))
             return
@@ -162,7 +168,7 @@ class Scheduler:
             job.unresolved += len(event.tasks)
             self._dispatcher.enqueue(job, event.tasks)
 
-    def _job_sealed(self, event: JobSealed) -> None:
+    def _job_sealed(self, event: JobSealed | JobSubmitted) -> None:
         if event.job in self._unheeded:
             self._unheeded.remove(event.job)
             return
@@ -355,6 +361,7 @@ class Scheduler:
 
     _HANDLERS: ClassVar[dict[type[Any], Callable[..., None]]] = {
         JobOpened: _job_opened,
+        JobSubmitted: _job_submitted,
         TasksSubmitted: _tasks_submitted,
         JobSealed: _job_sealed,
         JobCancelled: _job_cancelled,

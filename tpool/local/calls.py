@@ -9,10 +9,10 @@ from tpool.tensors.payload import Received
 from tpool.tensors.pickler import Codec
 
 
-def apply_call(codec: Codec, received: Received) -> Any:
+def apply_call(codec: Codec, received: Received | bytes) -> Any:
     """Make the call of an ``apply``, which brings its function along."""
     call: Any = codec.loads(received)
-    function, args, kwds = call
+    (args, kwds), function = call
     return function(*args, **kwds)
 
 
@@ -32,7 +32,7 @@ class JobCalls:
         self._function: Any = None
         self._error: BaseException | None = None
 
-    def call(self, codec: Codec, received: Received) -> Any:
+    def call(self, codec: Codec, received: Received | bytes) -> Any:
         """Run one task.
 
         Raises:

@@ -33,6 +33,9 @@ MAX_BODY_NBYTES = 1 << 28
 READ_NBYTES = 1 << 16
 # Linux: IOV_MAX. More parts than this cannot be written in one call.
 MAX_PARTS_PER_WRITE = 1024
+# As numbers: the socket module's are enums, whose arithmetic costs a microsecond per read.
+_MSG_CMSG_CLOEXEC, _MSG_CTRUNC = int(socket.MSG_CMSG_CLOEXEC), int(socket.MSG_CTRUNC)
+_MSG_NOSIGNAL = int(socket.MSG_NOSIGNAL)
 _ANCILLARY_NBYTES = socket.CMSG_SPACE(MAX_FDS_PER_WRITE * 4)
 
 
@@ -137,10 +140,10 @@ class Channel:
     def _send(self, parts: list[bytes | memoryview], fds: tuple[int, ...]) -> int:
         if fds:
             rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))
-            return self._sock.sendmsg(parts, [rights], socket.MSG_NOSIGNAL)
+            return self._sock.sendmsg(parts, [rights], _MSG_NOSIGNAL)
         if len(parts) == 1:
-            return self._sock.send(parts[0], socket.MSG_NOSIGNAL)
-        return self._sock.sendmsg(parts, (), socket.MSG_NOSIGNAL)
+            return self._sock.send(parts[0], _MSG_NOSIGNAL)
+        return self._sock.sendmsg(parts, (), _MSG_NOSIGNAL)
 
     def _drop_written(self, nbytes: int) -> None:
         backlog = self._backlog
@@ -166,10 +169,10 @@ class Channel:
             ProtocolError: the bytes are not frames.
             OSError: the connection broke.
         """
-        chunk, ancillary, flags, _ = self._sock.recvmsg(READ_NBYTES, _ANCILLARY_NBYTES, socket.MSG_CMSG_CLOEXEC)
+        chunk, ancillary, flags, _ = self._sock.recvmsg(READ_NBYTES, _ANCILLARY_NBYTES, _MSG_CMSG_CLOEXEC)
         if ancillary:
             self._take_fds(ancillary)
-        if flags & socket.MSG_CTRUNC:
+        if flags & _MSG_CTRUNC:
             raise ProtocolError("file descriptors were lost on the way: this process is at its descriptor limit")
         if not chunk:
             raise EOFError("the channel was closed by the other end")

@@ -31,6 +31,7 @@ from tpool.local.channel import Channel, channel_pair
 from tpool.local.hunger import STARVING_SECONDS, Hunger
 from tpool.local.launch import Launched, Launcher, LaunchEvent, LaunchFailed, Reaped
 from tpool.local.member import Jobs, Member, Traffic
+from tpool.local.poller import Poller
 from tpool.local.setup import PoolMemory, Settings, make_launcher
 from tpool.local.wire import Kind
 from tpool.messages import (
@@ -45,12 +46,11 @@ from tpool.messages import (
     WorkerExited,
 )
 from tpool.tensors.payload import Payload
+from tpool.tensors.plain import dumps_plain
 
 # How long the exit status of an ended worker is waited for. The zygote answers within a millisecond, unless it was
 # stopped or the machine is very busy; then only the status in a message is lost.
 REAP_SECONDS = 0.25
-
-Source = Callable[[int, list[Event]], None]
 
 
 class LocalEngine:
@@ -82,9 +82,10 @@ class LocalEngine:
         self._members: dict[int, Member] = {}
         self._unreaped: dict[int, float] = {}  # ended workers whose status is due, until when
         self._launched = 0
-        self._epoll = select.epoll()
-        self._sources: dict[int, Source] = {}
-        self._watch(self._wake_fd, self._on_wake)
+        self._poller = Poller()
+        # Edge-triggered, so that it need not be read: a system call less, in which another thread could take the
+        # interpreter lock away from the handler.
+        self._poller.watch(self._wake_fd, lambda mask, events: None, select.EPOLLET)
         self._launcher: Launcher = make_launcher(settings, self._memory.baseline, self._close_inherited)
         self._launcher_fd: int | None = None
         self._watch_launcher()
@@ -95,27 +96,39 @@ class LocalEngine:
 
     # Any thread -----------------------------------------------------------------------------------------------------
 
-    def encode(self, obj: Any, patient: bool = False) -> Payload:
+    def encode(self, obj: Any, patient: bool = False) -> Payload | bytes:
         """See Engine."""
+        stream = dumps_plain(obj)
+        if stream is not None:
+            return stream
         self._hunger.set_patience(patient)
         return self._memory.codec.dumps(obj)
 
-    def encoded_nbytes(self, encoded: Payload) -> int:
+    def encode_call(self, function: Any, args: tuple[Any, ...], kwds: dict[str, Any]) -> Payload | bytes:
         """See Engine."""
+        self._hunger.set_patience(False)
+        return self._memory.codec.dumps_call(function, args, kwds)
+
+    def encoded_nbytes(self, encoded: Payload | bytes) -> int:
+        """See Engine."""
+        if isinstance(encoded, bytes):
+            return len(encoded)
         if type(encoded.data) is bytes:
             nbytes = len(encoded.data)
             return nbytes + wire.moved_nbytes(encoded) if encoded.blocks else nbytes
         return wire.moved_nbytes(encoded)
 
-    def open_job(self, job: JobId, mode: int, function: Payload | None) -> None:
+    def open_job(self, job: JobId, mode: int, function: Payload | bytes | None) -> None:
         """See Engine."""
         if function is not None:
             self._jobs[job] = (mode, function)
 
     def wake(self) -> None:
         """See Engine."""
-        with contextlib.suppress(OSError):  # closed meanwhile: nobody is left to wake
+        try:
             os.eventfd_write(self._wake_fd, 1)
+        except OSError:
+            return  # closed meanwhile: nobody is left to wake
 
     # Actions --------------------------------------------------------------------------------------------------------
 
@@ -134,6 +147,8 @@ class LocalEngine:
             return []  # it is gone, and the scheduler is about to hear of it
         if isinstance(action, SendTasks):
             member.put_tasks(action.tasks)
+            if member.held > 1:
+                self._poller.ahead[member.id] = member
             self._flush(member)
         elif isinstance(action, RecallTasks):
             return [TasksRecalled(action.worker, member.recall())]
@@ -167,7 +182,7 @@ class LocalEngine:
         member.channel.put(Kind.HELLO, hello, fds)
         if self._initializer is not None:
             member.put_initializer(self._initializer)
-        self._watch(member.channel.fileno(), lambda mask, events: self._on_channel(member, mask, events))
+        self._poller.watch(member.channel.fileno(), lambda mask, events: self._on_channel(member, mask, events))
         self._flush(member)
         events: list[Event] = []
         with theirs:
@@ -181,7 +196,7 @@ class LocalEngine:
         ready: list[tuple[int, int]] = []
         if timeout == 0 or self._hungry or self._has_news():
             # News travels with the next message, if there is one to come at once.
-            ready = self._epoll.poll(0)
+            ready = self._poller.look()
             if not ready:
                 self._tidy_up()
         if not ready and timeout != 0:
@@ -190,16 +205,29 @@ class LocalEngine:
                 timeout = STARVING_SECONDS if timeout is None else min(timeout, STARVING_SECONDS)
             if self._unreaped:
                 timeout = REAP_SECONDS if timeout is None else min(timeout, REAP_SECONDS)
-            ready = self._epoll.poll(timeout)
+            ready = self._poller.block(timeout)
         events: list[Event] = []
         if self._unreaped:
             self._stop_waiting_for_status(events)
-        for fd, mask in ready:
-            source = self._sources.get(fd)
-            if source is not None:  # an earlier one of this round may have closed it
-                source(mask, events)
+        self._poller.read(ready, events)
+        if self._poller.ahead:
+            self._take_outboxes(events)
         self._hunger.tell_news()
         return events
+
+    def _take_outboxes(self, events: list[Event]) -> None:
+        for member in list(self._poller.ahead.values()):
+            try:
+                member.take_outbox(events)
+            except ProtocolError as error:
+                self._give_up(member, error)
+            if not member.held:
+                del self._poller.ahead[member.id]
+
+    def _give_up(self, member: Member, error: ProtocolError) -> None:
+        self._poller.unwatch(member.channel.fileno())
+        self._poller.ahead.pop(member.id, None)
+        member.give_up(f"sent something that is no message of ours ({error})")
 
     def _has_news(self) -> bool:
         return self._memory.table.may_collect or any(member.has_news for member in self._members.values())
@@ -210,10 +238,6 @@ class LocalEngine:
         for member in self._members.values():
             if member.pidfd is not None and not member.ended and member.put_news():
                 self._flush(member)
-
-    def _on_wake(self, mask: int, events: list[Event]) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._wake_fd)
 
     def _on_channel(self, member: Member, mask: int, events: list[Event]) -> None:
         if mask & select.EPOLLOUT:
@@ -228,12 +252,11 @@ class LocalEngine:
         except BlockingIOError:
             return False
         except ProtocolError as error:
-            self._unwatch(member.channel.fileno())
-            member.give_up(f"sent something that is no message of ours ({error})")
+            self._give_up(member, error)
             return False
         except (EOFError, OSError):
             # It is exiting, and a signal changes nothing any more; or it closed its descriptors and is of no use.
-            self._unwatch(member.channel.fileno())
+            self._poller.unwatch(member.channel.fileno())
             member.kill()
             return False
         return True
@@ -247,10 +270,10 @@ class LocalEngine:
     def _watch_launcher(self) -> None:
         """The launcher may have a new descriptor after each call: a new zygote's."""
         if self._launcher_fd is not None:
-            self._unwatch(self._launcher_fd)
+            self._poller.unwatch(self._launcher_fd)
         self._launcher_fd = self._launcher.fileno()
         if self._launcher_fd is not None:
-            self._watch(self._launcher_fd, self._on_launcher)
+            self._poller.watch(self._launcher_fd, self._on_launcher)
 
     def _take_launch_events(self, launched: list[LaunchEvent], events: list[Event]) -> None:
         for event in launched:
@@ -273,12 +296,12 @@ class LocalEngine:
             self._finish_if_gone(member, events)
 
     def _watch_process(self, member: Member, pidfd: int) -> None:
-        self._watch(pidfd, lambda mask, events: self._on_pidfd(member, events))
+        self._poller.watch(pidfd, lambda mask, events: self._on_pidfd(member, events))
 
     def _on_pidfd(self, member: Member, events: list[Event]) -> None:
         assert member.pidfd is not None
         member.ended = True
-        self._unwatch(member.pidfd)  # it stays readable
+        self._poller.unwatch(member.pidfd)  # it stays readable
         self._take_launch_events(self._launcher.reap(int(member.id), member.pidfd), events)
         if member.reaped:
             self._finish_if_gone(member, events)
@@ -300,10 +323,14 @@ class LocalEngine:
         """Believe the death: but first hear what the dead one had still said."""
         if not (member.ended and member.reaped) or member.id not in self._members:
             return
-        while member.channel.fileno() in self._sources and self._read(member, events):
+        while self._poller.watches(member.channel.fileno()) and self._read(member, events):
             pass
+        if not member.story:
+            with contextlib.suppress(ProtocolError):
+                member.take_outbox(events)
+        self._poller.ahead.pop(member.id, None)
         del self._members[member.id]
-        self._unwatch(member.channel.fileno())
+        self._poller.unwatch(member.channel.fileno())
         unstarted = member.drain_claims()
         events.append(WorkerExited(member.id, unstarted, member.bury()))
 
@@ -316,18 +343,9 @@ class LocalEngine:
         except OSError:
             return  # the worker is gone; its exit is on the way
         fd = member.channel.fileno()
-        if done is member.watching_write and fd in self._sources:
+        if done is member.watching_write and self._poller.watches(fd):
             member.watching_write = not done
-            self._epoll.modify(fd, select.EPOLLIN if done else select.EPOLLIN | select.EPOLLOUT)
-
-    def _watch(self, fd: int, source: Source) -> None:
-        self._sources[fd] = source
-        self._epoll.register(fd, select.EPOLLIN)
-
-    def _unwatch(self, fd: int) -> None:
-        if self._sources.pop(fd, None) is not None:
-            with contextlib.suppress(OSError):  # closed already, which unregisters
-                self._epoll.unregister(fd)
+            self._poller.watch_writable(fd, not done)
 
     def _close_inherited(self, sock_fd: int, claims_fd: int) -> None:
         """In a forked worker: close the parent's ends, so that no sibling's channel is held open by us."""
@@ -337,18 +355,17 @@ class LocalEngine:
                 if fd is not None:
                     os.close(fd)
         os.close(self._wake_fd)
-        self._epoll.close()
+        self._poller.close()
 
     def close(self) -> None:
         """See Engine."""
         for member in self._members.values():
             member.close()
         self._launcher.close()
-        self._epoll.close()
+        self._poller.close()
         wake_fd, self._wake_fd = self._wake_fd, -1
         os.close(wake_fd)
         # The caller's objects go now, not when the collector finds our cycles.
-        self._sources.clear()
         self._jobs.clear()
         self._initializer = None
         self._settings.initializer, self._settings.initargs = None, ()

@@ -22,7 +22,7 @@ from typing import Any, NoReturn, Protocol
 
 from tpool.local import zygote
 from tpool.local.channel import Channel
-from tpool.local.worker import Inheritance, worker_main
+from tpool.local.process import Inheritance, worker_main
 
 
 @dataclass(slots=True)

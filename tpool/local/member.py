@@ -10,13 +10,13 @@ import errno
 import logging
 import os
 import signal
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
 from tpool.engine import WorkerLoss
-from tpool.errors import DecodeError, ProtocolError, RemoteTraceback
+from tpool.errors import ProtocolError
 from tpool.local import wire
+from tpool.local.answers import LocalResult, PlainResult
 from tpool.local.channel import Channel, Frame
 from tpool.local.setup import PoolMemory
 from tpool.local.wire import Kind, Status
@@ -31,7 +31,6 @@ from tpool.messages import (
     WorkerId,
 )
 from tpool.tensors.payload import GroupId, Payload, Received
-from tpool.tensors.pickler import Codec
 
 logger = logging.getLogger("tpool")
 
@@ -41,47 +40,8 @@ PIDFD_SIGNAL_PROCESS_GROUP = 4  # Linux 6.9, pidfd_send_signal(2)
 _RESULT = int(Kind.RESULT)
 _ERROR = int(Status.ERROR)
 
-Jobs = dict[JobId, tuple[int, Payload]]
-
-
-class LocalResult:
-    """What a local worker answered; see ``tpool.engine.Result``."""
-
-    __slots__ = ("__weakref__", "codec", "failed", "received", "seconds", "traceback")
-
-    def __init__(self, failed: bool, received: Received, traceback: str, seconds: float, codec: Codec) -> None:
-        self.failed = failed
-        self.received = received
-        self.traceback = traceback
-        self.seconds = seconds
-        self.codec = codec
-        if received.fds:
-            # Blocks give themselves back when nobody wants the result; descriptors do not.
-            weakref.finalize(self, received.discard).atexit = False
-
-    def take(self) -> Any:
-        """See Result."""
-        try:
-            value: Any = self.codec.loads(self.received)
-        except Exception as error:
-            if not self.failed:
-                raise
-            # The exception's own text is in the traceback; better that than only "could not be unpickled".
-            raise DecodeError(
-                f"the task raised an exception that could not be unpickled here ({error}); "
-                "the traceback above, from the worker, tells what it was"
-            ) from RemoteTraceback(_quote(self.traceback))
-        if self.failed:
-            value.__cause__ = RemoteTraceback(_quote(self.traceback))
-        return value
-
-    def discard(self) -> None:
-        """See Result."""
-        self.received.discard()
-
-
-def _quote(text: str) -> str:
-    return f'\n"""\n{text}"""'
+Jobs = dict[JobId, tuple[int, Payload | bytes]]
+Results = list[tuple[JobId, int, Any, float]]
 
 
 @dataclass(slots=True)
@@ -127,6 +87,8 @@ class Member:
         self.exitcode: int | None = None
         self.story = ""  # why we gave it up, where it was us
         self.watching_write = False
+        self.held = 0  # tasks sent and neither answered nor taken back
+        self.outbox = memory.outbox(slot)
         self._memory = memory
         self._codec = memory.codec
         self._peer = memory.peers[slot]
@@ -137,7 +99,6 @@ class Member:
         self._sent_jobs: set[JobId] = set()
         self._forget_jobs: list[int] = []
         self._unsettled = 0
-        self._held = 0  # tasks sent and neither answered nor taken back
         self._ready = False
         self._doomed = False  # to be killed as soon as it has a process
 
@@ -153,24 +114,33 @@ class Member:
 
     def put_tasks(self, tasks: list[Task]) -> None:
         """Give it tasks, with what it must know for them."""
-        parts: list[bytes] = []
+        plain = [(task.job, task.index, task.payload) for task in tasks if type(task.payload) is bytes]
+        for job in dict.fromkeys([task.job for task in tasks]):
+            if job not in self._sent_jobs:
+                self._put_job(job)
         fds: list[int] = []
+        if len(plain) == len(tasks):
+            kind, body = Kind.PLAIN_TASKS, wire.pack_plain_tasks(plain)
+        else:
+            kind, body = Kind.TASKS, self._pack_tasks(tasks, fds)
+        self._traffic.piped_nbytes += len(body)
+        # Before the tasks: a worker that finds no claim believes that its tasks were taken back.
+        os.eventfd_write(self.claims_fd, len(tasks))
+        self.held += len(tasks)
+        self.channel.put(kind, body, tuple(fds))
+        self.put_news()
+
+    def _pack_tasks(self, tasks: list[Task], fds: list[int]) -> bytes:
+        """The body of a message of tasks; their descriptors are added to ``fds``."""
+        parts: list[bytes] = []
         for task in tasks:
-            payload: Payload = task.payload
-            if task.job not in self._sent_jobs:
-                self._put_job(task.job)
-            if payload.blocks or payload.groups or payload.fds or type(payload.data) is not bytes:
+            payload: Payload | bytes = task.payload
+            if not isinstance(payload, bytes):
                 self._put_prerequisites(payload)
                 fds += payload.fds
             parts.append(wire.TASK.pack(task.job, task.index))
             parts.append(wire.pack_payload(payload))
-        body = b"".join(parts)
-        self._traffic.piped_nbytes += len(body)
-        # Before the tasks: a worker that finds no claim believes that its tasks were taken back.
-        os.eventfd_write(self.claims_fd, len(tasks))
-        self._held += len(tasks)
-        self.channel.put(Kind.TASKS, body, tuple(fds))
-        self.put_news()
+        return b"".join(parts)
 
     def _put_job(self, job: JobId) -> None:
         known = self._jobs.get(job)
@@ -178,8 +148,11 @@ class Member:
             return  # an apply: the task brings its function along
         self._sent_jobs.add(job)
         mode, payload = known
-        self._put_prerequisites(payload)
-        self.channel.put(Kind.JOB, wire.JOB.pack(job, mode) + wire.pack_payload(payload), tuple(payload.fds))
+        fds: tuple[int, ...] = ()
+        if not isinstance(payload, bytes):
+            self._put_prerequisites(payload)
+            fds = tuple(payload.fds)
+        self.channel.put(Kind.JOB, wire.JOB.pack(job, mode) + wire.pack_payload(payload), fds)
 
     def _put_prerequisites(self, payload: Payload) -> None:
         """What the worker must know before this payload: definitions, arenas; and its leases begin."""
@@ -237,13 +210,13 @@ class Member:
     @property
     def may_finish(self) -> bool:
         """Whether it starts up or runs a task, and does not wait for memory: it may give some back soon."""
-        return not self.ended and not self.starving and (not self._ready or self._held > 0)
+        return not self.ended and not self.starving and (not self._ready or self.held > 0)
 
     def recall(self) -> int:
         """Take back what it has not started; returns how many tasks that are."""
         count = self.drain_claims()
         self._unsettled += count
-        self._held -= count
+        self.held -= count
         return count
 
     def drain_claims(self) -> int:
@@ -263,10 +236,10 @@ class Member:
         Raises:
             ProtocolError: it said something that cannot be.
         """
-        results: list[tuple[JobId, int, Any, float]] = []
+        results: Results = []
         for frame in frames:
             if frame.kind == _RESULT:
-                results.append(self._result(frame))
+                self._add_result(frame, results)
                 continue
             if results:
                 events.append(TasksFinished(self.id, results))
@@ -275,11 +248,32 @@ class Member:
         if results:
             events.append(TasksFinished(self.id, results))
 
-    def _result(self, frame: Frame) -> tuple[JobId, int, Any, float]:
-        self.starving = False
-        self._held -= 1
+    def take_outbox(self, events: list[Event]) -> bool:
+        """Turn what it left in its outbox into an event; returns whether there was anything.
+
+        Raises:
+            ProtocolError: it left something that cannot be.
+        """
+        results: Results = []
+        self._add_left(None, results)
+        if results:
+            events.append(TasksFinished(self.id, results))
+        return bool(results)
+
+    def _add_left(self, until: int | None, results: Results) -> None:
+        codec = self._codec
+        for job, index, seconds, stream in self.outbox.take(until):
+            self.held -= 1
+            results.append((JobId(job), index, PlainResult(stream, seconds, codec), seconds))
+
+    def _add_result(self, frame: Frame, results: Results) -> None:
         body = frame.body
-        job, index, seconds, status, text_nbytes = wire.unpack_head(wire.RESULT, body)
+        job, index, seconds, status, text_nbytes, left_before = wire.unpack_head(wire.RESULT, body)
+        if left_before != self.outbox.entries:
+            self._add_left(left_before, results)
+        self.outbox.replies = self.outbox.replies + 1 & 0xFFFFFFFF
+        self.starving = False
+        self.held -= 1
         start = wire.RESULT.size + text_nbytes
         text = body[wire.RESULT.size : start].decode(errors="replace") if text_nbytes else ""
         received = wire.unpack_payload(body, start, frame.fds, self._receive_block)[0]
@@ -288,7 +282,7 @@ class Member:
             self._traffic.moved_nbytes += wire.moved_nbytes(received)
             self._memory.release_foreign()
         result = LocalResult(status == _ERROR, received, text, seconds, self._codec)
-        return JobId(job), index, result, seconds
+        results.append((JobId(job), index, result, seconds))
 
     def _unpack(self, frame: Frame, position: int) -> Received:
         return wire.unpack_payload(frame.body, position, frame.fds, self._receive_block)[0]
@@ -313,6 +307,8 @@ class Member:
             events.append(WorkerBecameReady(self.id))
         elif kind == Kind.STARVING:
             self.starving = True
+        elif kind == Kind.BELL:
+            pass  # whoever reads this looks into the outbox next
         elif kind == Kind.ARENA:
             self._memory.attach(wire.unpack_id(frame.body), frame.fds)
         elif kind == Kind.INITIALIZER_FAILED:

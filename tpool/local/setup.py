@@ -24,7 +24,8 @@ from tpool.errors import PlatformError
 from tpool.local.cpus import available_cpus
 from tpool.local.identity import Hello, WorkerInfo
 from tpool.local.launch import ForkLauncher, Launcher, SpawnLauncher, ZygoteLauncher
-from tpool.local.worker import Inheritance
+from tpool.local.outbox import Outbox, Outboxes
+from tpool.local.process import Inheritance
 from tpool.tensors import leases
 from tpool.tensors.arena import Allocator, Arena, Ledger
 from tpool.tensors.definitions import Definitions
@@ -106,6 +107,8 @@ class PoolMemory:
         with contextlib.ExitStack() as undo:  # at the limit of descriptors or address space, leave nothing behind
             self._ledger = Ledger.create(count + 1, settings.memory_nbytes)
             undo.callback(self._ledger.close)
+            self._outboxes = Outboxes.create(count)
+            undo.callback(self._outboxes.close)
             self._caller = Arena.create(settings.memory_nbytes)
             undo.callback(self.table.remove, self._caller)
             self.table.add(self._caller, Allocator(self._caller, self._ledger, 0))
@@ -119,6 +122,12 @@ class PoolMemory:
         self.baseline = dict(vars(sys.modules["__main__"])) if settings.method == "fork" else None
         self.definitions = Definitions(baseline=self.baseline)
         self.codec = Codec(Memory(self._caller, wait), self.definitions, sharing=settings.sharing)
+
+    def outbox(self, slot: int) -> Outbox:
+        """Our end of the outbox of the slot's next worker; its earlier one is gone, and its results were taken."""
+        outbox = self._outboxes.outbox(slot)
+        outbox.clear()
+        return outbox
 
     def worker_arenas(self, slot: int) -> tuple[Arena, Arena]:
         """The arenas that a worker knows from its first message: its slot's and the caller's."""
@@ -151,7 +160,7 @@ class PoolMemory:
             has_tracker=tracker_fd is not None,
             sharing=settings.sharing,
         )
-        fds = (arena.fd, self._caller.fd, self._ledger.fd)
+        fds = (arena.fd, self._caller.fd, self._ledger.fd, self._outboxes.fd)
         return pickle.dumps(hello), fds if tracker_fd is None else (*fds, tracker_fd)
 
     def attach(self, arena_id: int, fds: list[int]) -> None:
@@ -176,6 +185,7 @@ class PoolMemory:
         for arena in (self._caller, *self._slots, *self._foreign):
             self.table.remove(arena)
         self._ledger.close()
+        self._outboxes.close()
         self.baseline = None
         self.table.collect()  # our forked workers are gone, and with them what they held
 

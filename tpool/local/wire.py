@@ -13,10 +13,12 @@ With ``DATA_IN_BLOCK`` the pickle lies in the last block and nothing is inline.
 
 from __future__ import annotations
 
+import marshal
 import struct
 from collections.abc import Callable, Iterator
 from enum import IntEnum
 from itertools import chain
+from typing import Any
 
 from tpool.errors import ProtocolError
 from tpool.tensors.leases import Block
@@ -38,18 +40,20 @@ class Kind(IntEnum):
     RETIRE = 16
     HOPELESS = 17
     TRIM = 18
+    PLAIN_TASKS = 19
 
     READY = 20
     INITIALIZER_FAILED = 21
     RESULT = 22
     SETTLED = 23
     STARVING = 24
+    BELL = 25
 
 
 class Mode(IntEnum):
     """How a job's function meets a task's payload."""
 
-    APPLY = 0  # payload is (function, args, kwds); the job has no payload of its own
+    APPLY = 0  # payload is ((args, kwds), function); the job has no payload of its own
     CALL = 1  # function(item)
     MAP = 2  # [function(item) for item in chunk]
     STARMAP = 3  # [function(*item) for item in chunk]
@@ -70,14 +74,16 @@ _ID = struct.Struct("<Q")
 _GIVE_BACK = struct.Struct("<QQI")
 _COUNT = struct.Struct("<I")
 TASK = struct.Struct("<QQ")
-RESULT = struct.Struct("<QQdBI")
+RESULT = struct.Struct("<QQdBIQ")  # job, index, seconds, status, nbytes of the traceback, outbox entries before it
 JOB = struct.Struct("<QB")
 
 ReceiveBlock = Callable[[int, int, int], Block]
 
 
-def pack_payload(payload: Payload) -> bytes:
-    """A payload as it stands in a frame's body; its descriptors go with the frame."""
+def pack_payload(payload: Payload | bytes) -> bytes:
+    """A payload, or a plain stream, as it stands in a frame's body; its descriptors go with the frame."""
+    if isinstance(payload, bytes):
+        return _PAYLOAD.pack(0, 0, 0, len(payload)) + payload
     flags = 0
     data = payload.data
     blocks = payload.blocks
@@ -135,6 +141,17 @@ def unpack_payload(body: bytes, position: int, fds: list[int], receive: ReceiveB
     taken = fds[:fd_count]
     del fds[:fd_count]
     return Received(data, blocks, taken), end
+
+
+def pack_plain_tasks(tasks: Any) -> bytes:
+    """A list of (job, index, plain stream), as a body; both ends are the same Python."""
+    return marshal.dumps(tasks, 2)  # a newer format looks for shared objects, which takes longer
+
+
+def unpack_plain_tasks(body: bytes) -> list[tuple[int, int, bytes]]:
+    """The tasks of ``pack_plain_tasks``; only for what the parent wrote, as garbage may crash the interpreter."""
+    tasks: list[tuple[int, int, bytes]] = marshal.loads(body)
+    return tasks
 
 
 def all_blocks(payload: Payload | Received) -> list[Block]:

@@ -16,26 +16,23 @@ process blocks.
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import gc
 import multiprocessing.util
 import os
 import pickle
 import select
 import socket
-import sys
 import threading
 import traceback
 from collections import deque
-from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 from tpool.errors import DecodeError, MaybeEncodingError, ProtocolError, TpoolError
 from tpool.local import identity, wire
 from tpool.local.calls import JobCalls, apply_call
 from tpool.local.channel import Channel, Frame
+from tpool.local.outbox import Outboxes
 from tpool.local.story import format_remote, safe_repr
 from tpool.local.wire import Kind, Mode, Status
 from tpool.tensors import leases
@@ -43,26 +40,18 @@ from tpool.tensors.arena import Allocator, Arena, Ledger
 from tpool.tensors.leases import Memory, Peer
 from tpool.tensors.payload import GroupId, Payload, Received
 from tpool.tensors.pickler import Codec
+from tpool.tensors.plain import dumps_plain
 
 # Non-daemonic threads that a task left behind get this long to end at retirement. Longer would let one task hang the
 # pool's end; shorter would cut off a thread that is about to flush a file.
 LINGERING_THREADS_SECONDS = 5.0
 
 
+# Plain numbers: an enum's attribute costs more than the comparison, and these are looked at for each task.
+_PLAIN_TASKS = int(Kind.PLAIN_TASKS)
+_VALUE, _ERROR = int(Status.VALUE), int(Status.ERROR)
+
 Initializer = tuple[Any, tuple[Any, ...]]
-
-
-@dataclass(slots=True)
-class Inheritance:
-    """What a forked worker has without being sent it.
-
-    Attributes:
-        initializer: (function, arguments), as the caller gave them.
-        baseline: what ``__main__`` held when the pool was made.
-    """
-
-    initializer: Initializer
-    baseline: dict[str, Any]
 
 
 class Worker:
@@ -80,7 +69,7 @@ class Worker:
         self._claims_fd = claims_fd
         self._parent = Peer("parent")
         self._table = leases.table()
-        self._tasks: deque[tuple[int, int, Received]] = deque()
+        self._tasks: deque[tuple[int, int, Received | bytes]] = deque()
         self._jobs: dict[int, JobCalls] = {}
         self._retiring = False
         self._initializer: Received | None = None
@@ -125,7 +114,7 @@ class Worker:
         if frame.kind != Kind.HELLO:
             raise ProtocolError(f"the first frame is of kind {frame.kind}, not HELLO")
         hello: identity.Hello = pickle.loads(frame.body)
-        slot_fd, caller_fd, ledger_fd, *tracker = frame.fds
+        slot_fd, caller_fd, ledger_fd, outboxes_fd, *tracker = frame.fds
         identity.assume(hello, tracker[0] if tracker else None)
         identity.set_worker_info(hello.info)
         arena = self._attach(hello.slot_arena, slot_fd)
@@ -133,6 +122,9 @@ class Worker:
         self._table.add(arena, allocator)
         self._table.reinstate(arena, hello.live_blocks, self._parent)
         self._table.add(self._attach(hello.caller_arena, caller_fd))
+        outboxes = Outboxes(outboxes_fd)
+        self._outbox = outboxes.outbox(hello.info.id)
+        outboxes.close()
         self._arena = arena
         self._known_arenas = {hello.slot_arena, hello.caller_arena}
         memory = Memory(arena, self._wait_for_memory)
@@ -189,12 +181,17 @@ class Worker:
     def _read(self) -> None:
         """Handle what has arrived; blocks until something has."""
         self._flush_give_backs()
+        # Not in recvmsg: who sleeps there is also woken when the parent *reads* our last reply (the socket has room to
+        # write again), which costs a switch of processes per task. poll() is told what it waits for.
+        self._poll.poll()
         for frame in self._channel.receive():
             self._handle(frame)
 
     def _handle(self, frame: Frame) -> None:
         kind = frame.kind
-        if kind == Kind.TASKS:
+        if kind == _PLAIN_TASKS:
+            self._tasks.extend(wire.unpack_plain_tasks(frame.body))
+        elif kind == Kind.TASKS:
             self._take_tasks(frame)
         elif kind == Kind.GIVE_BACKS:
             for arena_id, offset, count in wire.unpack_give_backs(frame.body):
@@ -259,21 +256,32 @@ class Worker:
         tb = ""
         try:
             payload = self._encode_value(self._call(job, received))
-            status = Status.VALUE
+            status = _VALUE
         except BaseException as error:
             if isinstance(error, DecodeError) and error.__cause__ is None:
                 error.__cause__ = self._group_error
             payload, tb = self._encode_error(error)
-            status = Status.ERROR
+            status = _ERROR
         del received  # the arguments' leases end before the reply, so that they are given back with it
         if os.getpid() != self._pid:
             os._exit(1)  # the task forked and its child returned here; the reply is its parent's to give
-        text = tb.encode(errors="backslashreplace")
         seconds = perf_counter() - started
-        head = wire.RESULT.pack(job, index, seconds, status, len(text))
+        if type(payload) is bytes and self._tasks and self._leave(job, index, seconds, payload):
+            return
+        text = tb.encode(errors="backslashreplace")
+        head = wire.RESULT.pack(job, index, seconds, status, len(text), self._outbox.entries)
+        self._outbox.replies = self._outbox.replies + 1 & 0xFFFFFFFF
         self._reply(Kind.RESULT, head + text, payload)
 
-    def _call(self, job: int, received: Received) -> Any:
+    def _leave(self, job: int, index: int, seconds: float, stream: bytes) -> bool:
+        """Leave a result in the outbox, as more tasks wait; False where it has to go by socket."""
+        if self._table.owes(self._parent) or not self._outbox.put(job, index, seconds, stream):
+            return False
+        if self._outbox.take_bell():
+            self._send(Kind.BELL)
+        return True
+
+    def _call(self, job: int, received: Received | bytes) -> Any:
         known = self._jobs.get(job)
         if known is None:
             return apply_call(self._codec, received)
@@ -281,9 +289,10 @@ class Worker:
 
     # Replying ------------------------------------------------------------------------------------------------------
 
-    def _encode_value(self, value: Any) -> Payload:
+    def _encode_value(self, value: Any) -> Payload | bytes:
         try:
-            return self._codec.dumps(value)
+            stream = dumps_plain(value)
+            return self._codec.dumps(value) if stream is None else stream
         except TpoolError:
             raise  # tells what cannot travel, and why, better than we could
         except Exception as error:
@@ -306,7 +315,10 @@ class Worker:
         text = tb.encode(errors="backslashreplace")
         self._reply(Kind.INITIALIZER_FAILED, wire.pack_count(len(text)) + text, payload)
 
-    def _reply(self, kind: Kind, head: bytes, payload: Payload) -> None:
+    def _reply(self, kind: Kind, head: bytes, payload: Payload | bytes) -> None:
+        if isinstance(payload, bytes):
+            self._send(kind, head + wire.pack_payload(payload))
+            return
         blocks = wire.all_blocks(payload)
         if blocks:
             for arena in {block.arena for block in blocks}:
@@ -315,10 +327,7 @@ class Worker:
                     self._channel.put(Kind.ARENA, wire.pack_id(arena.id), (arena.fd,))
             self._table.lend(blocks, self._parent)
             blocks.clear()
-        self._starving = False
-        self._channel.put(kind, head + wire.pack_payload(payload), tuple(payload.fds))
-        self._queue_give_backs()
-        self._channel.flush()
+        self._send(kind, head + wire.pack_payload(payload), tuple(payload.fds))
 
     def _queue_give_backs(self) -> None:
         give_backs = self._table.take_give_backs(self._parent)
@@ -330,15 +339,17 @@ class Worker:
         if self._channel.backlogged:
             self._channel.flush()
 
-    def _send(self, kind: Kind, body: bytes = b"") -> None:
+    def _send(self, kind: Kind, body: bytes = b"", fds: tuple[int, ...] = ()) -> None:
+        self._starving = False
+        self._channel.put(kind, body, fds)
         self._queue_give_backs()
-        self._channel.put(kind, body)
         self._channel.flush()
 
     def _drop_recalled(self) -> None:
         count = len(self._tasks)
         for _, _, received in self._tasks:
-            received.discard()
+            if not isinstance(received, bytes):
+                received.discard()
         self._tasks.clear()
         self._send(Kind.SETTLED, wire.pack_count(count))
 
@@ -351,41 +362,12 @@ class Worker:
         if os.getpid() != self._pid or threading.get_ident() != self._thread:
             return False  # only the thread that reads the channel can wait for what comes through it
         if not self._starving:
-            self._starving = True
             self._hopeless = False
             self._send(Kind.STARVING)
+            self._starving = True
         else:
             self._flush_give_backs()
         if self._poll.poll(seconds * 1000):
             for frame in self._channel.receive():
                 self._handle(frame)
         return not self._hopeless
-
-
-def worker_main(sock_fd: int, claims_fd: int, inherited: Inheritance | None = None) -> NoReturn:
-    """Be a worker until the pool lets go, then end this process without returning.
-
-    Args:
-        sock_fd: the worker's end of the channel.
-        claims_fd: the semaphore of claims.
-        inherited: what a fork brought along.
-    """
-    code = 1
-    try:
-        atexit._clear()  # what a fork inherited is the caller's to run, not ours
-        identity.settle_in()
-        sock = socket.socket(fileno=sock_fd)
-        sock.setblocking(True)
-        if inherited is None:
-            code = Worker(sock, claims_fd).run()
-        else:
-            code = Worker(sock, claims_fd, inherited.baseline).run(inherited.initializer)
-        atexit._run_exitfuncs()
-    except BaseException:
-        with contextlib.suppress(Exception):  # a task may have closed or replaced stderr
-            traceback.print_exc()
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(Exception):  # likewise
-                stream.flush()
-        os._exit(code)

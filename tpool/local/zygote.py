@@ -188,7 +188,7 @@ class ZygoteServer:
 
     def _become_worker(self, frame: Frame, zygote_pid: int) -> NoReturn:
         """In the forked child: keep nothing of the zygote's but its imports."""
-        from tpool.local.worker import worker_main
+        from tpool.local.process import worker_main
 
         die_with_parent(zygote_pid)
         os.close(self._parent_pidfd)

@@ -15,11 +15,15 @@ __all__ = ["Binding", "Catalogue", "Known"]
 
 @dataclass(slots=True, eq=False)
 class Known:
-    """A definition: the object, how a stream refers to it, and the group that holds it."""
+    """A definition: the object, how a stream refers to it, and the group that holds it.
+
+    ``opcodes`` is that reference pickled, once it was asked for: to be put into a stream, without its ends.
+    """
 
     obj: object
     reference: Reduced
     group: GroupId
+    opcodes: bytes = b""
 
 
 @dataclass(slots=True, eq=False)

@@ -147,6 +147,10 @@ class Definitions:
         message.needed.add(known.group)
         return known.reference
 
+    def known(self, obj: object) -> Known | None:
+        """The definition of an object that travels by value, if it has travelled before."""
+        return self._catalogue.definitions.get(id(obj))
+
     def closure(self, roots: set[GroupId], open_group: Callable[[Any], GroupPickler]) -> tuple[GroupId, ...]:
         """All groups that a payload needs which refers to ``roots``; binds again what the caller has bound anew."""
         key = frozenset(roots)

@@ -107,6 +107,10 @@ class LeaseTable(BlockTable):
             known.watch = entry.watch
         return living
 
+    def owes(self, peer: Peer) -> bool:
+        """Whether there may be something to tell this peer. Takes no lock."""
+        return bool(self._dead or peer.pending)
+
     def take_give_backs(self, peer: Peer) -> list[tuple[int, int, int]]:
         """What this peer is to be told now: (arena id, offset, count) for leases that ended. Cleared here."""
         if not self._dead and not peer.pending:

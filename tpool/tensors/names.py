@@ -19,6 +19,7 @@ __all__ = [
     "MISSING",
     "CodeNames",
     "annotated_names",
+    "found_by_name",
     "importable",
     "is_class",
     "is_function",
@@ -91,16 +92,21 @@ def reachable(namespace: dict[str, Any], obj: Any, name: str | None = None) -> s
     return name if name is not None and lookup(namespace, name) is obj else None
 
 
+def found_by_name(obj: Any) -> bool:
+    """Whether a function or class is importable, as far as that is quickly seen: what this denies may still be."""
+    module_name = getattr(obj, "__module__", None)
+    if module_name in MAIN or _cloudpickle._PICKLE_BY_VALUE_MODULES:
+        return False
+    module = sys.modules.get(module_name)  # type: ignore[arg-type]
+    return module is not None and vars(module).get(_name_of(obj)) is obj  # type: ignore[arg-type]
+
+
 def importable(obj: Any) -> bool:
     """Whether a function, class or other named object is found by every process in the module it says it is of."""
-    module_name = getattr(obj, "__module__", None)
-    if module_name in MAIN:
+    if found_by_name(obj):  # for nearly all; what this does not find, cloudpickle may
+        return True
+    if getattr(obj, "__module__", None) in MAIN:
         return False
-    if not _cloudpickle._PICKLE_BY_VALUE_MODULES:
-        # The quick way, for nearly all; what it does not find, cloudpickle may.
-        module = sys.modules.get(module_name)  # type: ignore[arg-type]
-        if module is not None and vars(module).get(_name_of(obj)) is obj:  # type: ignore[arg-type]
-            return True
     if not is_function(obj) and not is_class(obj):
         return False
     return bool(_cloudpickle._should_pickle_by_reference(obj))

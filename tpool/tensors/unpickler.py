@@ -19,7 +19,7 @@ from tpool.tensors.leases import Block
 from tpool.tensors.payload import STOP, TRAILER, GroupId, Received
 from tpool.tensors.registry import Registry, definition, inherited
 
-__all__ = ["load_group", "loads"]
+__all__ = ["load_group", "loads", "loads_plain"]
 
 
 def loads(received: Received, rules: Definitions | Registry) -> object:
@@ -45,6 +45,18 @@ def loads(received: Received, rules: Definitions | Registry) -> object:
     finally:
         del stream  # a view of the block that discard() drops
         received.discard()
+
+
+def loads_plain(stream: bytes) -> object:
+    """Unpickle a plain stream.
+
+    Raises:
+        DecodeError: the cause is what was raised.
+    """
+    try:
+        return pickle.loads(stream)
+    except (Exception, SystemExit) as error:
+        raise _decode_error("an object", error, []) from error
 
 
 def load_group(gid: GroupId, received: Received, registry: Registry) -> None:

@@ -1,0 +1,71 @@
+"""What a local worker answered, kept as it came until somebody asks for it."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from tpool.errors import DecodeError, RemoteTraceback
+from tpool.tensors.payload import Received
+from tpool.tensors.pickler import Codec
+
+__all__ = ["LocalResult", "PlainResult"]
+
+
+class PlainResult:
+    """A result that needs nothing but pickle; see ``tpool.engine.Result``."""
+
+    __slots__ = ("_codec", "_stream", "seconds")
+    failed = False
+
+    def __init__(self, stream: bytes, seconds: float, codec: Codec) -> None:
+        self._stream = stream
+        self.seconds = seconds
+        self._codec = codec
+
+    def take(self) -> Any:
+        """See Result."""
+        return self._codec.loads(self._stream)
+
+    def discard(self) -> None:
+        """See Result."""
+
+
+class LocalResult:
+    """Any other result, and every error; see ``tpool.engine.Result``."""
+
+    __slots__ = ("__weakref__", "codec", "failed", "received", "seconds", "traceback")
+
+    def __init__(self, failed: bool, received: Received, traceback: str, seconds: float, codec: Codec) -> None:
+        self.failed = failed
+        self.received = received
+        self.traceback = traceback
+        self.seconds = seconds
+        self.codec = codec
+        if received.fds:
+            # Blocks give themselves back when nobody wants the result; descriptors do not.
+            weakref.finalize(self, received.discard).atexit = False
+
+    def take(self) -> Any:
+        """See Result."""
+        try:
+            value: Any = self.codec.loads(self.received)
+        except Exception as error:
+            if not self.failed:
+                raise
+            # The exception's own text is in the traceback; better that than only "could not be unpickled".
+            raise DecodeError(
+                f"the task raised an exception that could not be unpickled here ({error}); "
+                "the traceback above, from the worker, tells what it was"
+            ) from RemoteTraceback(_quote(self.traceback))
+        if self.failed:
+            value.__cause__ = RemoteTraceback(_quote(self.traceback))
+        return value
+
+    def discard(self) -> None:
+        """See Result."""
+        self.received.discard()
+
+
+def _quote(text: str) -> str:
+    return f'\n"""\n{text}"""'
