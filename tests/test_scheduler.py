@@ -182,10 +182,8 @@ class TestJobs:
         world.open(2, tasks=1)
         assert len(world.held[0]) == MAX_BATCH
         assert sent(world.finish(0, HALF, FAST)) == [(0, HALF)]  # It was the short ones' turn.
-        assert named(world.finish(0, HALF, FAST), "SendTasks") == []  # It runs down for the task of unknown length …
-        assert named(world.finish(0, HALF, FAST), "SendTasks") == [
-            ("SendTasks", 0, [(2, 0)])
-        ]  # … and nothing follows.
+        assert named(world.finish(0, HALF, FAST), "SendTasks") == []  # It runs down for the unknown one …
+        assert named(world.finish(0, HALF, FAST), "SendTasks") == [("SendTasks", 0, [(2, 0)])]  # … alone.
         assert sent(world.finish(0)) == [(0, HALF), (0, HALF)]
 
     def test_cancelling_drops_the_queue_and_lets_running_tasks_run(self) -> None:
