@@ -568,6 +568,17 @@ def test_round_trips_grow_nobodys_memory():
     assert after[1] - before[1] < 10_000_000
 
 
+def test_an_ordered_stream_goes_beyond_the_budget_for_the_result_it_waits_for(tmp_path):
+    path = str(tmp_path / "go")
+    os.mkfifo(path)
+    with tpool.Pool(2, memory="64MB") as pool:
+        results = pool.imap(tasks.make_tensor_after, [(path, 16_000_000), *[(None, 16_000_000)] * 3])
+        # The three fill the budget, and only the first one, which has no memory left, would let them go.
+        wait_until(lambda: pool.stats().tasks_done == 3, DEADLINE)
+        with open(path, "w"):
+            assert [result.nbytes for result in results] == [16_000_000] * 4
+
+
 def cpu_ticks(pid):
     total = 0
     for task in os.listdir(f"/proc/{pid}/task"):

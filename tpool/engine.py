@@ -76,9 +76,12 @@ class Engine(Protocol):
     Attributes:
         may_give_back: set by the handler: whether a caller may yet take results that hold memory. Where nobody may,
             waiting for memory is hopeless once no worker runs anything.
+        awaits_earlier: set by the handler: whether results of a stream are held back only until an earlier one comes.
+            Its worker must not wait for the memory that they hold.
     """
 
     may_give_back: Callable[[], bool]
+    awaits_earlier: Callable[[], bool]
 
     def encode(self, obj: Any, patient: bool = False) -> Encoded:
         """Make an object ready to be sent, in the caller's thread; may wait for memory.

@@ -86,6 +86,7 @@ class Handler:
     def __init__(self, engine: Engine, scheduler: Scheduler, callbacks: Callbacks, name: str) -> None:
         self.engine = engine
         engine.may_give_back = self._may_give_back
+        engine.awaits_earlier = self._awaits_earlier
         self._scheduler = scheduler
         self._callbacks = callbacks
         self._pid = os.getpid()
@@ -196,6 +197,10 @@ class Handler:
     def _may_give_back(self) -> bool:
         """Whether a caller may yet take a result and so give its memory back; see Engine."""
         return any(sink.has_consumable() for sink in list(self._sinks.values()))
+
+    def _awaits_earlier(self) -> bool:
+        """Whether a stream holds back results until an earlier one comes; see Engine."""
+        return any(sink.awaits_earlier() for sink in list(self._sinks.values()))
 
     def forget_pool(self, description: str) -> None:
         """The pool object was collected; called by its finalizer."""

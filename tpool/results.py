@@ -82,6 +82,9 @@ class Sink(Protocol):
     def has_consumable(self) -> bool:
         """Whether it holds a result that its consumer can take one by one, and so give its memory back."""
 
+    def awaits_earlier(self) -> bool:
+        """Whether it holds results that its consumer can take only after one that has not come."""
+
     def lift_back_pressure(self) -> None:
         """Take results as they come, consumed or not."""
 
@@ -244,6 +247,10 @@ class AsyncResult(Generic[T]):
 
     def has_consumable(self) -> bool:
         """See Sink: these hold what they have until it is all there."""
+        return False
+
+    def awaits_earlier(self) -> bool:
+        """See Sink."""
         return False
 
     def lift_back_pressure(self) -> None:

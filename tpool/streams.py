@@ -133,6 +133,10 @@ class Stream:
         """See Sink."""
         return self._next in self._by_index if self._ordered else bool(self._as_arrived)
 
+    def awaits_earlier(self) -> bool:
+        """See Sink."""
+        return self._ordered and bool(self._by_index) and self._next not in self._by_index
+
     def lift_back_pressure(self) -> None:
         """See Sink."""
         self.unbounded = True

@@ -68,6 +68,7 @@ class LocalEngine:
         self._hunger = Hunger(self.wake)
         self._hungry = False  # somebody waits for memory: idle memory of ours is to be found and given up
         self.may_give_back: Callable[[], bool] = lambda: False
+        self.awaits_earlier: Callable[[], bool] = lambda: False
         self._memory = PoolMemory(settings, self._hunger.wait)
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._jobs: Jobs = {}
@@ -200,7 +201,7 @@ class LocalEngine:
             if not ready:
                 self._tidy_up()
         if not ready and timeout != 0:
-            self._hungry = self._hunger.check(self._members.values(), self.may_give_back, self._flush)
+            self._hungry = self._hunger.check(self._members.values(), self, self._flush)
             if self._hungry:
                 timeout = STARVING_SECONDS if timeout is None else min(timeout, STARVING_SECONDS)
             if self._unreaped:

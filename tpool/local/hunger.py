@@ -3,6 +3,9 @@
 A thread of the caller that encodes, or a worker that answers, waits while memory may come back: from a task that runs,
 from a result that its consumer has yet to take. When nothing can, one of those who wait is told, its task fails with
 ``SharedMemoryExhausted``, and what it held may help the others.
+
+Only where the later results of an ordered stream hold the budget, and the earlier one that would let them go waits for
+memory itself, that one goes beyond the budget.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection
 from time import monotonic
+from typing import Protocol
 
 from tpool.local.member import Member
 
@@ -18,6 +22,15 @@ STARVING_SECONDS = 0.01
 # How long there must be no hope until one of those who wait is told. Give-backs that are on their way take
 # milliseconds; a caller that is about to drop a result should be given a moment.
 HOPELESS_SECONDS = 0.5
+# The same where the hope is only in going beyond the budget: nobody's result is lost by that, so it may come soon.
+GRANT_SECONDS = 0.02
+
+
+class Consumers(Protocol):
+    """What the handler knows of those who take results; see ``tpool.engine.Engine``."""
+
+    may_give_back: Callable[[], bool]
+    awaits_earlier: Callable[[], bool]
 
 
 class Hunger:
@@ -71,9 +84,7 @@ class Hunger:
             with self._news:
                 self._news.notify_all()
 
-    def check(
-        self, members: Collection[Member], may_give_back: Callable[[], bool], flush: Callable[[Member], None]
-    ) -> bool:
+    def check(self, members: Collection[Member], consumers: Consumers, flush: Callable[[Member], None]) -> bool:
         """Before the handler blocks: give up on somebody where there is no hope.
 
         Returns:
@@ -84,7 +95,7 @@ class Hunger:
             self._hopeless_since = None
             return False
         working = any(member.may_finish for member in members)
-        consumable = (starving or self._patient) and may_give_back()
+        consumable = (starving or self._patient) and consumers.may_give_back()
         if working or (consumable and not self._impatient):
             self._hopeless_since = None
         elif self._hopeless_since is None:
@@ -93,12 +104,24 @@ class Hunger:
                 if not member.starving:  # a worker that sleeps keeps its free memory until it is asked
                     member.put_trim()
                     flush(member)
-        elif monotonic() - self._hopeless_since > HOPELESS_SECONDS:
-            self._hopeless_since = None
+        else:
+            self._decide(monotonic() - self._hopeless_since, starving, consumers, flush)
+        return True
+
+    def _decide(
+        self, seconds: float, starving: list[Member], consumers: Consumers, flush: Callable[[Member], None]
+    ) -> None:
+        """There has been no hope for so long."""
+        if starving and seconds > GRANT_SECONDS and consumers.awaits_earlier():
+            starving[0].put_grant()
+            flush(starving[0])
+        elif seconds > HOPELESS_SECONDS:
             if self._impatient:
                 with self._news:
                     self._verdicts = 1
             elif starving:
                 starving[0].put_hopeless()
                 flush(starving[0])
-        return True
+        else:
+            return
+        self._hopeless_since = None

@@ -203,6 +203,11 @@ class Member:
         self.starving = False
         self.channel.put(Kind.HOPELESS, b"")
 
+    def put_grant(self) -> None:
+        """Let it have the memory that it waits for, though the budget is spent."""
+        self.starving = False
+        self.channel.put(Kind.GRANT, b"")
+
     def put_trim(self) -> None:
         """Ask it for the memory that it keeps warm and does not use."""
         self.channel.put(Kind.TRIM, b"")

@@ -41,6 +41,7 @@ class Kind(IntEnum):
     HOPELESS = 17
     TRIM = 18
     PLAIN_TASKS = 19
+    GRANT = 26
 
     READY = 20
     INITIALIZER_FAILED = 21

@@ -127,8 +127,8 @@ class Worker:
         outboxes.close()
         self._arena = arena
         self._known_arenas = {hello.slot_arena, hello.caller_arena}
-        memory = Memory(arena, self._wait_for_memory)
-        self._codec = Codec(memory, baseline=self._baseline, sharing=hello.sharing)
+        self._memory = Memory(arena, self._wait_for_memory)
+        self._codec = Codec(self._memory, baseline=self._baseline, sharing=hello.sharing)
 
     def _attach(self, arena_id: int, fd: int) -> Arena:
         known = self._table.arena(arena_id)
@@ -223,6 +223,9 @@ class Worker:
             self._initializer = self._unpack(frame, 0)
         elif kind == Kind.TRIM:
             self._table.collect()  # which gives idle memory back where somebody waits for it
+        elif kind == Kind.GRANT:
+            self._memory.grant()
+            self._starving = False  # if it does not help, the parent is to hear of it again
         elif kind == Kind.HOPELESS:
             self._hopeless = True
         elif kind == Kind.RETIRE:

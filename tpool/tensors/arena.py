@@ -84,8 +84,12 @@ class Allocator:
         """How many blocks are neither free nor discarded."""
         return len(self._sizes)
 
-    def allocate(self, nbytes: int) -> int | None:
+    def allocate(self, nbytes: int, *, beyond_budget: bool = False) -> int | None:
         """The offset of a block of at least ``nbytes`` (at least 1), on a 64-byte boundary, from 4 KiB on a page's.
+
+        Args:
+            nbytes: how much.
+            beyond_budget: have it even if the pool's budget is spent.
 
         Returns:
             None when the arena is full or the budget spent, even after discarding all that is free here.
@@ -97,13 +101,13 @@ class Allocator:
             self._sizes[offset] = size
             self.used_nbytes += size
             return offset
-        return self._allocate_slowly(size)
+        return self._allocate_slowly(size, beyond_budget)
 
-    def _allocate_slowly(self, size: int) -> int | None:
+    def _allocate_slowly(self, size: int, beyond_budget: bool) -> int | None:
         block = self._reuse(size) or self._carve_warm(size) or self._carve_cold(size)
         if block is None:
             self.trim()
-            block = self._carve_cold(size)
+            block = self._carve_cold(size, beyond_budget)
         if block is None:
             return None
         offset, size = block
@@ -130,7 +134,7 @@ class Allocator:
         self._warm.put(start + size, extent[1])
         return start, size
 
-    def _carve_cold(self, size: int) -> tuple[int, int] | None:
+    def _carve_cold(self, size: int, beyond_budget: bool = False) -> tuple[int, int] | None:
         """Cut a block from the bump extent, or from another cold extent, which becomes the bump extent."""
         while True:
             first, limit = self._bump, self._bump_end
@@ -142,7 +146,7 @@ class Allocator:
                 self._cut_from(extent)
                 continue
             fresh = whole_pages_nbytes(first, limit) - whole_pages_nbytes(start + size, limit)
-            if fresh and not self._commit(fresh):
+            if fresh and not self._commit(fresh, beyond_budget):
                 return None
             end = start + size
             if self._bump == first and self._bump_end == limit:
@@ -158,7 +162,7 @@ class Allocator:
         self._bump_end = end
         self._cold.put(first, limit)
 
-    def _commit(self, nbytes: int) -> bool:
+    def _commit(self, nbytes: int, beyond_budget: bool = False) -> bool:
         """Count bytes as committed, unless the pool's budget forbids it.
 
         Added first, looked at then: of two processes that want the last bytes at once perhaps none gets them, but
@@ -166,7 +170,7 @@ class Allocator:
         """
         self.committed_nbytes += nbytes
         self.ledger.set_committed(self.index, self.committed_nbytes)
-        if nbytes <= 0 or self.ledger.committed_nbytes() <= self.ledger.budget_nbytes:
+        if nbytes <= 0 or beyond_budget or self.ledger.committed_nbytes() <= self.ledger.budget_nbytes:
             return True
         self.committed_nbytes -= nbytes
         self.ledger.set_committed(self.index, self.committed_nbytes)

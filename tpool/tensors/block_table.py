@@ -86,12 +86,13 @@ class BlockTable:
 
     # Blocks --------------------------------------------------------------------------------------------------------
 
-    def allocate(self, arena: Arena, nbytes: int) -> Block | None:
+    def allocate(self, arena: Arena, nbytes: int, *, beyond_budget: bool = False) -> Block | None:
         """A new block, warm if possible; its bytes are whatever was there before.
 
         Args:
             arena: one of ours.
             nbytes: at least 1.
+            beyond_budget: have it even if the budget is spent.
 
         Returns:
             None while the budget is spent or the arena full; see ``leases.Memory`` for waiting.
@@ -109,6 +110,8 @@ class BlockTable:
             offset = allocator.allocate(nbytes)
             if offset is None and self._end_holds():
                 offset = allocator.allocate(nbytes)
+            if offset is None and beyond_budget:
+                offset = allocator.allocate(nbytes, beyond_budget=True)
         if offset is None:
             return None
         guard, watch = self._watch(mapped, offset)

@@ -51,13 +51,14 @@ class Memory:
         leases: the table that knows the arena; the process's own by default.
     """
 
-    __slots__ = ("_table", "_wait", "_waiters", "arena")
+    __slots__ = ("_granted", "_table", "_wait", "_waiters", "arena")
 
     def __init__(self, arena: Arena, wait: Callable[[float], bool], leases: LeaseTable | None = None) -> None:
         self.arena = arena
         self._wait = wait
         self._table = leases or table()
         self._waiters: list[int] = []
+        self._granted = False
 
     def allocate(self, nbytes: int) -> Block:
         """A block of ``nbytes`` (at least 1), waiting for memory if need be.
@@ -79,6 +80,10 @@ class Memory:
             if not self._waiters:
                 allocator.ledger.set_waiting(allocator.index, False)
 
+    def grant(self) -> None:
+        """Let the one who waits have what it waits for beyond the budget; for ``wait`` to call."""
+        self._granted = True
+
     def _allocate_waiting(self, nbytes: int, allocator: Allocator) -> Block:
         hopeless_since: float | None = None
         hope = nbytes <= min(allocator.ledger.budget_nbytes, self.arena.nbytes)
@@ -88,7 +93,8 @@ class Memory:
             )  # each time: another thread may just have ended waiting
             hope = self._wait(_WAIT_SECONDS)
             self._table.collect()
-            block = self._table.allocate(self.arena, nbytes)
+            granted, self._granted = self._granted, False
+            block = self._table.allocate(self.arena, nbytes, beyond_budget=granted)
             if block is not None:
                 return block
             if self._table.may_come_back(self.arena):

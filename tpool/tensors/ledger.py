@@ -28,7 +28,8 @@ class Ledger:
     """The counters of one pool's arenas, shared by its processes.
 
     Invariant: the committed bytes of all arenas stay within the budget, save for the moment in which a process has
-    added what it wants and not yet looked at the sum, and for memory that a dead worker left behind.
+    added what it wants and not yet looked at the sum, for memory that a dead worker left behind, and for the result
+    that an ordered stream waits for while later ones hold the whole budget (one for each worker at most).
 
     Attributes:
         fd: the memfd, to be sent to workers; owned.
