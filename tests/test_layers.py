@@ -14,6 +14,7 @@ ROWS = [
     ["tpool.errors", "tpool.local.deathwatch"],
     ["tpool.messages"],
     ["tpool.dispatch"],
+    ["tpool.jobs"],
     ["tpool.scheduler"],
     ["tpool.tensors.budget", "tpool.tensors.memfd", "tpool.tensors.forks"],
     ["tpool.tensors.extents", "tpool.tensors.ledger"],
@@ -56,10 +57,14 @@ ROWS = [
     ["tpool.local.hunger", "tpool.local.poller"],
     ["tpool.local.engine"],
     ["tpool.results", "tpool.stats"],
-    ["tpool.streams"],
+    ["tpool.failures", "tpool.loops"],
+    ["tpool.futures", "tpool.streams"],
+    ["tpool.map_result"],
     ["tpool.handler"],
-    ["tpool.feeder"],
+    ["tpool.feeder", "tpool.gate"],
+    ["tpool.opening"],
     ["tpool.options"],
+    ["tpool.executor", "tpool.maps"],
     ["tpool.pool"],
     ["tpool"],
 ]
@@ -67,7 +72,7 @@ ROW_OF = {name: number for number, row in enumerate(ROWS) for name in row}
 PACKAGES = {"tpool.tensors", "tpool.local"}
 # What a pure module may not touch.
 IMPURE = {"os", "time", "threading", "torch", "logging", "socket", "select", "multiprocessing"}
-PURE = ["tpool.errors", "tpool.messages", "tpool.dispatch", "tpool.scheduler"]
+PURE = ["tpool.errors", "tpool.messages", "tpool.dispatch", "tpool.jobs", "tpool.scheduler"]
 
 
 def module_name(path: Path) -> str:

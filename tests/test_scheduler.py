@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import tpool.dispatch
+import tpool.jobs
 import tpool.scheduler
 from tpool.dispatch import AHEAD_SECONDS, MAX_BATCH, RECALL_SECONDS
 from tpool.errors import ProtocolError
@@ -90,8 +91,8 @@ class World:
     def seal(self, job: int) -> list[tuple[Any, ...]]:
         return self.say(JobSealed(JobId(job)))
 
-    def cancel(self, job: int) -> list[tuple[Any, ...]]:
-        return self.say(JobCancelled(JobId(job)))
+    def cancel(self, job: int, asker: Any = None) -> list[tuple[Any, ...]]:
+        return self.say(JobCancelled(JobId(job), asker))
 
     def finish(self, worker: int, count: int = 1, seconds: float = SLOW, after: float = 0.0) -> list[tuple[Any, ...]]:
         done, self.held[worker] = self.held[worker][:count], self.held[worker][count:]
@@ -124,13 +125,13 @@ def named(actions: list[tuple[Any, ...]], *names: str) -> list[tuple[Any, ...]]:
 
 
 class TestLayers:
-    @pytest.mark.parametrize("module", [tpool.scheduler, tpool.dispatch])
+    @pytest.mark.parametrize("module", [tpool.scheduler, tpool.jobs, tpool.dispatch])
     def test_imports_nothing_that_acts(self, module: Any) -> None:
         tree = ast.parse(Path(module.__file__).read_text())
         imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         pure = {"__future__", "collections", "collections.abc", "dataclasses", "enum", "typing"}
-        assert imported <= pure | {"tpool.dispatch", "tpool.errors", "tpool.messages"}
+        assert imported <= pure | {"tpool.dispatch", "tpool.errors", "tpool.jobs", "tpool.messages"}
 
 
 class TestJobs:
@@ -199,6 +200,20 @@ class TestJobs:
         assert world.cancel(7) == []
         world.finish(0)
         assert world.cancel(7) == []
+
+    def test_whoever_cancels_and_asks_is_told_whether_anything_was_dropped(self) -> None:
+        world = World(1)
+        world.open(0, tasks=2, seal=True)
+        assert world.cancel(0, asker="me") == [("DropTask", (0, 1)), ("AnswerCancel", "me", True)]
+        assert world.cancel(0, asker="me") == [("AnswerCancel", "me", False)]
+        world.finish(0)
+        assert world.cancel(0, asker="me") == [("AnswerCancel", "me", False)]
+
+    def test_what_has_started_is_what_workers_hold(self) -> None:
+        world = World(1)
+        world.open(0, tasks=1)
+        world.open(1, tasks=1)
+        assert [world.scheduler.has_started(JobId(job)) for job in (0, 1, 2)] == [True, False, False]
 
     def test_what_the_feeder_adds_to_a_cancelled_job_is_dropped(self) -> None:
         world = World(1)

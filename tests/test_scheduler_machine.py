@@ -652,9 +652,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             return  # A step has failed; what would fail here is only a consequence.
         for job in self.unsealed():
             self.seal(job)
+            self.settle_accounts()  # which notes when the pool was over
         if not self.closed:
             self.closed = True
             self.say(PoolClosed())
+            self.settle_accounts()
         for _ in range(MANY):
             if self.ended:
                 break

@@ -18,15 +18,19 @@ from tpool.errors import (
     ProtocolError,
     RemoteTraceback,
     SharedMemoryExhausted,
+    TaskCancelledError,
+    TaskTimeoutError,
     TpoolError,
     TransportError,
     UnsupportedTensorError,
     WorkerLostError,
     WorkerStartError,
 )
+from tpool.executor import PoolExecutor
+from tpool.futures import AsyncResult
 from tpool.local.identity import WorkerInfo, get_worker_info
+from tpool.map_result import MapResult
 from tpool.pool import Pool
-from tpool.results import AsyncResult, MapResult
 from tpool.stats import PoolStats
 from tpool.streams import IMapIterator
 
@@ -41,11 +45,14 @@ __all__ = [
     "PlatformError",
     "Pool",
     "PoolEndedError",
+    "PoolExecutor",
     "PoolStats",
     "PoolTerminatedError",
     "ProtocolError",
     "RemoteTraceback",
     "SharedMemoryExhausted",
+    "TaskCancelledError",
+    "TaskTimeoutError",
     "TpoolError",
     "TransportError",
     "UnsupportedTensorError",

@@ -4,6 +4,8 @@ Each derives from :class:`TpoolError` and from the built-in that a user of the s
 
     TpoolError
      ├── WorkerLostError (RuntimeError)             the worker that ran the task is gone
+     ├── TaskTimeoutError (TimeoutError)            the task ran for longer than it may; its worker was killed
+     ├── TaskCancelledError (CancelledError)        the task was cancelled
      ├── WorkerStartError (RuntimeError)            workers cannot start; the pool has ended
      ├── PoolEndedError (ValueError)                the pool was closed, terminated or forked away
      │    └── PoolTerminatedError                   terminated before this task was finished
@@ -21,6 +23,8 @@ worker and carries that worker's traceback as text.
 
 from __future__ import annotations
 
+from concurrent.futures import CancelledError
+
 __all__ = [
     "DecodeError",
     "MaybeEncodingError",
@@ -30,6 +34,8 @@ __all__ = [
     "ProtocolError",
     "RemoteTraceback",
     "SharedMemoryExhausted",
+    "TaskCancelledError",
+    "TaskTimeoutError",
     "TpoolError",
     "TransportError",
     "UnsupportedTensorError",
@@ -59,6 +65,14 @@ class WorkerLostError(TpoolError, RuntimeError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class TaskTimeoutError(TpoolError, TimeoutError):
+    """The task ran for longer than its ``timeout``, so its worker was killed. Other tasks are untouched."""
+
+
+class TaskCancelledError(TpoolError, CancelledError):
+    """The task was cancelled before it had an outcome; a ``concurrent.futures.CancelledError``, too."""
 
 
 class WorkerStartError(TpoolError, RuntimeError):

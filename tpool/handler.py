@@ -16,7 +16,6 @@ import atexit
 import itertools
 import logging
 import os
-import signal
 import threading
 import warnings
 from collections import deque
@@ -24,21 +23,18 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
+from tpool import failures
 from tpool.engine import Encoded, Engine, Result, WorkerLoss
-from tpool.errors import (
-    PoolTerminatedError,
-    ProtocolError,
-    TpoolError,
-    WorkerLostError,
-    WorkerStartError,
-)
+from tpool.errors import ProtocolError, TpoolError
 from tpool.messages import (
     Action,
+    AnswerCancel,
     DropTask,
     EndPool,
     Event,
     FailTask,
     FinishJob,
+    JobCancelled,
     JobId,
     JobOpened,
     JobSubmitted,
@@ -113,6 +109,7 @@ class Handler:
             ResolveTasks: self._resolve,
             FailTask: self._fail,
             DropTask: self._drop,
+            AnswerCancel: self._answer,
             FinishJob: self._finish,
             EndPool: self._end,
         }
@@ -138,12 +135,13 @@ class Handler:
         self.post(JobOpened(job, batch))
         return job
 
-    def open_single(self, sink: Sink, mode: int, payload: Encoded) -> None:
+    def open_single(self, sink: Sink, mode: int, payload: Encoded) -> JobId:
         """Make a job of one task known, and submit it; the handler is woken once."""
         job = JobId(next(self._job_ids))
         self._sinks[job] = sink
         self.engine.open_job(job, mode, None)
         self._post(JobSubmitted(job, [Task(job, 0, payload)]))
+        return job
 
     def submit(self, task: Task) -> None:
         """Add a task to the end of its job."""
@@ -173,6 +171,19 @@ class Handler:
             self.engine.wake()
         if self._last_words is not None:
             self._abandon_all()
+
+    def cancel_job(self, job: JobId, asker: Callable[[bool], None] | None) -> bool:
+        """Cancel a job; the handler's thread tells ``asker`` whether anything was dropped.
+
+        Returns:
+            Whether the answer can be waited for. A finalizer may call this in the very thread that would give it.
+        """
+        self.post(JobCancelled(job, asker))
+        return threading.current_thread() is not self._thread
+
+    def has_started(self, job: JobId) -> bool:
+        """Whether a worker holds a task of this job."""
+        return self._scheduler.has_started(job)
 
     def terminate(self) -> None:
         """Stop everything; returns at once."""
@@ -296,27 +307,26 @@ class Handler:
     def _explain(self, cause: Any, task: Task, sink: Sink) -> Result:
         if isinstance(cause, WorkerLoss) and cause.ready:
             self.workers_lost += 1
-            message = f"{_tell(cause)} while it ran task {task.index} of {sink.story}"
-            logger.warning("%s", message)
-            return Failure(WorkerLostError(message + _ADVICE, cause.pid, cause.exitcode))
+            failure = failures.lost(cause, task, sink.story)
+            logger.warning("%s", failure.take())
+            return failure
         if cause is None:
-            return Failure(_terminated(sink.story))
+            return failures.terminated(sink.story)
         return self._failure_to_start(cause)
 
     def _failure_to_start(self, cause: Any) -> Failure | SharedFailure:
         """One and the same for all tasks of the pool."""
         if self.error is None:
-            if isinstance(cause, WorkerLoss):
-                message = (
-                    f"the pool gave up: its workers cannot start; the last one, {_tell(cause)} before it was ready"
-                )
-                self.error = Failure(WorkerStartError(message))
-            else:
-                self.error = SharedFailure(cause)
+            self.error = failures.start_failed(cause)
         return self.error
 
     def _drop(self, action: DropTask) -> None:
-        """Nobody waits for it; its payload goes with it."""
+        sink = self._sinks.get(action.task.job)
+        if sink is not None:  # else the job was finished, and its feeder has just added this
+            sink.drop(action.task.index)
+
+    def _answer(self, action: AnswerCancel) -> None:
+        action.asker(action.dropped)
 
     def _finish(self, action: FinishJob) -> None:
         self.engine.forget_job(action.job)
@@ -326,7 +336,7 @@ class Handler:
         if action.error is not None:
             self._failure_to_start(action.error)
         self.engine.close()
-        self._conclude(self.error or Failure(_terminated("this pool")))
+        self._conclude(self.error or failures.terminated("this pool"))
 
     # The end --------------------------------------------------------------------------------------------------------
 
@@ -354,26 +364,3 @@ class Handler:
         while self._sinks:
             _, sink = self._sinks.popitem()
             sink.abandon(self._last_words)
-
-
-_ADVICE = ". Its memory was probably exhausted, or its code crashed; the pool goes on with a new worker"
-
-
-def _terminated(story: str) -> PoolTerminatedError:
-    return PoolTerminatedError(f"the pool was terminated before {story} had its result")
-
-
-def _tell(loss: WorkerLoss) -> str:
-    """What happened to a worker, as the beginning of a sentence."""
-    who = loss.worker if loss.pid is None else f"{loss.worker}, pid {loss.pid},"
-    if loss.story:
-        return f"{who} {loss.story}"
-    if loss.exitcode is None:
-        return f"{who} was lost (its exit status could not be had: the process that started it died too)"
-    if loss.exitcode < 0:
-        try:
-            name = signal.Signals(-loss.exitcode).name
-        except ValueError:
-            name = f"signal {-loss.exitcode}"
-        return f"{who} was killed by {name}"
-    return f"{who} exited with code {loss.exitcode}"

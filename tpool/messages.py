@@ -73,9 +73,15 @@ class JobSealed:
 
 @dataclass(slots=True, eq=False)
 class JobCancelled:
-    """Nobody wants the rest of this job: queued tasks are dropped, the job is sealed; running tasks run on."""
+    """Nobody wants the rest of this job: queued tasks are dropped, the job is sealed; running tasks run on.
+
+    Attributes:
+        job: which.
+        asker: whoever waits to hear what came of it, passed on with AnswerCancel; None if nobody does.
+    """
 
     job: JobId
+    asker: Any = None
 
 
 @dataclass(slots=True, eq=False)
@@ -233,6 +239,14 @@ class DropTask:
 
 
 @dataclass(slots=True, eq=False)
+class AnswerCancel:
+    """What came of JobCancelled: whether any of the job's tasks was dropped. Said after the last DropTask."""
+
+    asker: Any
+    dropped: bool
+
+
+@dataclass(slots=True, eq=False)
 class FinishJob:
     """The job is sealed and each of its tasks has been resolved, failed or dropped; said once per job."""
 
@@ -255,6 +269,7 @@ Action = (
     | ResolveTasks
     | FailTask
     | DropTask
+    | AnswerCancel
     | FinishJob
     | EndPool
 )

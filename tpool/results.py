@@ -1,24 +1,23 @@
-"""What callers hold: the result of one call, or of a map. Streams have a module of their own.
+"""Where outcomes go: sinks, failures of our own, and the thread that runs callbacks.
 
-    handler ─► resolve, abandon ─► sink ─► get() in the caller's thread
-                                     └───► callback thread, where callbacks were given
+    handler ─► resolve, drop, abandon ─► sink ─► get() in the caller's thread
+                                           └───► callback thread, where callbacks were given
 
 A *sink* takes a job's outcomes from the handler's thread and must never run user code there: results are kept as they
-came and decoded by whoever waits, or by the callback thread.
+came and decoded by whoever waits, or by the callback thread. The sinks that callers hold are in ``futures.py`` and
+``streams.py``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import multiprocessing
 import threading
 from collections.abc import Callable
-from queue import SimpleQueue
-from typing import Any, Generic, Protocol, TypeVar
+from queue import Empty, SimpleQueue
+from typing import Any, Protocol
 
 from tpool.engine import Result
-
-T = TypeVar("T")
 
 logger = logging.getLogger("tpool")
 
@@ -76,6 +75,9 @@ class Sink(Protocol):
     def resolve(self, index: int, result: Result) -> None:
         """The task of this index has this outcome."""
 
+    def drop(self, index: int) -> None:
+        """The task of this index was cancelled before it had an outcome, and will have none."""
+
     def finish(self) -> None:
         """Every task has its outcome."""
 
@@ -104,6 +106,9 @@ class Callbacks:
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._ended = False
+        # Nobody waits for calls any more. Set before a last look at the queue, read after adding to it: whatever is
+        # added is seen by one of the two.
+        self._gone = False
 
     def prepare(self) -> None:
         """Start the thread; called by whoever submits a call that has callbacks."""
@@ -113,13 +118,20 @@ class Callbacks:
                 self._thread.start()
 
     def post(self, call: Callable[[], None]) -> None:
-        """Have the thread make this call; from any thread, never blocks."""
+        """Have the thread make this call; from any thread, never blocks on another.
+
+        After the end, when that thread is gone, the call is made here: a result that comes so late comes from a caller
+        who was too late for the pool.
+        """
         self._queue.put(call)
+        if self._gone:
+            self._drain()
 
     def end(self) -> None:
-        """No more calls will be posted."""
+        """The thread ends when it has made the calls that were posted before."""
         with self._lock:
             self._ended = True
+            self._gone = self._thread is None
         self._queue.put(None)
 
     def join(self, timeout: float | None) -> bool:
@@ -132,11 +144,23 @@ class Callbacks:
 
     def _run(self) -> None:
         while (call := self._queue.get()) is not None:
-            try:
-                call()
-            except BaseException:  # this thread serves the pool's other callbacks too
-                logger.exception("a callback of %s raised", self._name)
+            self._make(call)
             del call  # it holds the result
+        self._gone = True
+        self._drain()
+
+    def _drain(self) -> None:
+        with contextlib.suppress(Empty):
+            while True:
+                call = self._queue.get_nowait()
+                if call is not None:
+                    self._make(call)
+
+    def _make(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except BaseException:  # this thread serves the pool's other callbacks too
+            logger.exception("a callback of %s raised", self._name)
 
 
 def decode(result: Result) -> tuple[bool, Any]:
@@ -146,203 +170,3 @@ def decode(result: Result) -> tuple[bool, Any]:
     except BaseException as error:  # unpickling runs user code; its failure is this task's outcome
         return False, error
     return not result.failed, value
-
-
-class AsyncResult(Generic[T]):
-    """The result of ``apply_async``: one call, running somewhere.
-
-    All methods may be called from any thread.
-    """
-
-    def __init__(
-        self,
-        keep: object,
-        story: str,
-        callbacks: Callbacks,
-        callback: Callable[[Any], object] | None = None,
-        error_callback: Callable[[BaseException], object] | None = None,
-    ) -> None:
-        # The pool, so that it is not collected while a result is due.
-        self._keep: object = keep
-        self.story = story
-        self._callbacks = callbacks
-        self._callback = callback
-        self._error_callback = error_callback
-        self._event = threading.Event()
-        # Written once by whoever completes; guarded by the lock: two threads may get() at once.
-        self._lock = threading.Lock()
-        self._complete = False
-        self._failed = False
-        self._decoded: tuple[bool, Any] | None = None
-        self._result: Result | None = None
-        if callback is not None or error_callback is not None:
-            callbacks.prepare()
-
-    # The caller's side ----------------------------------------------------------------------------------------------
-
-    def ready(self) -> bool:
-        """Whether the call has finished."""
-        return self._event.is_set()
-
-    def successful(self) -> bool:
-        """Whether the call finished without raising.
-
-        Raises:
-            ValueError: it has not finished.
-        """
-        if not self.ready():
-            raise ValueError(f"{self!r} not ready")
-        return not self._failed
-
-    def wait(self, timeout: float | None = None) -> None:
-        """Wait until the call has finished, or ``timeout`` seconds have passed."""
-        self._event.wait(timeout)
-
-    def get(self, timeout: float | None = None) -> T:
-        """The value that the call returned; decoded in the first thread that asks.
-
-        Args:
-            timeout: seconds to wait; None waits for as long as it takes.
-
-        Raises:
-            multiprocessing.TimeoutError: it has not finished in time.
-            Exception: what the call raised, with the remote traceback as its cause; ``WorkerLostError`` if its worker
-                died; ``PoolTerminatedError`` if the pool was terminated first.
-        """
-        if not self._event.wait(timeout):
-            raise multiprocessing.TimeoutError
-        succeeded, value = self._decode()
-        if not succeeded:
-            raise value
-        result: T = value
-        return result
-
-    def _decode(self) -> tuple[bool, Any]:
-        with self._lock:
-            if self._decoded is None:
-                self._decoded = self._decode_once()
-                if not self._decoded[0]:
-                    self._failed = True
-            return self._decoded
-
-    def _decode_once(self) -> tuple[bool, Any]:
-        assert self._result is not None
-        result, self._result = self._result, None
-        return decode(result)
-
-    # The handler's side ---------------------------------------------------------------------------------------------
-
-    def resolve(self, index: int, result: Result) -> None:
-        """See Sink."""
-        with self._lock:
-            if self._complete:
-                return
-            self._complete = True
-            self._result = result
-            self._failed = result.failed
-        self._announce()
-
-    def finish(self) -> None:
-        """See Sink."""
-
-    def has_consumable(self) -> bool:
-        """See Sink: these hold what they have until it is all there."""
-        return False
-
-    def awaits_earlier(self) -> bool:
-        """See Sink."""
-        return False
-
-    def lift_back_pressure(self) -> None:
-        """See Sink: there is none."""
-
-    def abandon(self, failure: Failure | SharedFailure) -> None:
-        """See Sink."""
-        self.resolve(0, failure)
-
-    def _announce(self) -> None:
-        """Callbacks come before ``get`` returns, as in the standard library."""
-        if self._callback is None and self._error_callback is None:
-            self._done()
-        else:
-            self._callbacks.post(self._run_callback)
-
-    def _done(self) -> None:
-        self._keep = None
-        self._event.set()
-
-    def _run_callback(self) -> None:
-        try:
-            succeeded, value = self._decode()
-            callback = self._callback if succeeded else self._error_callback
-            if callback is not None:
-                callback(value)
-        finally:
-            self._callback = self._error_callback = None
-            self._done()
-
-
-class MapResult(AsyncResult[list[T]]):
-    """The result of ``map_async`` and ``starmap_async``: a list, in the order of the input.
-
-    The first failure to arrive is raised, once every chunk has its outcome.
-    """
-
-    def __init__(self, *args: Any, **kwds: Any) -> None:
-        super().__init__(*args, **kwds)
-        # By chunk; guarded by the lock, since a chunk that cannot be pickled is failed by the caller's thread.
-        self._chunks: dict[int, Result] = {}
-        self._first_failure: Result | None = None
-        self._expected: int | None = None
-
-    def expect(self, chunks: int) -> None:
-        """Say how many chunks there are; called once, by the caller's thread, when all are submitted."""
-        with self._lock:
-            self._expected = chunks
-        self._complete_if_full()
-
-    def resolve(self, index: int, result: Result) -> None:
-        """See Sink."""
-        with self._lock:
-            if self._complete or index in self._chunks:
-                return
-            self._chunks[index] = result
-            if result.failed and self._first_failure is None:
-                self._first_failure = result
-        self._complete_if_full()
-
-    def _complete_if_full(self) -> None:
-        with self._lock:
-            if self._complete or self._expected is None or len(self._chunks) < self._expected:
-                return
-            self._complete = True
-            self._failed = self._first_failure is not None
-        self._announce()
-
-    def abandon(self, failure: Failure | SharedFailure) -> None:
-        """See Sink."""
-        with self._lock:
-            if self._complete:
-                return
-            self._complete = True
-            self._failed = True
-            self._first_failure = self._first_failure or failure
-        self._announce()
-
-    def _decode_once(self) -> tuple[bool, Any]:
-        chunks, self._chunks = self._chunks, {}
-        failure = self._first_failure
-        if failure is not None:
-            for result in chunks.values():
-                if result is not failure:
-                    result.discard()
-            return decode(failure)
-        values: list[Any] = []
-        for index in range(len(chunks)):
-            succeeded, value = decode(chunks.pop(index))
-            if not succeeded:
-                for result in chunks.values():
-                    result.discard()
-                return False, value
-            values += value
-        return True, values

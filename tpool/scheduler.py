@@ -7,8 +7,8 @@ every rule can be shown by an example of events and actions, and all of them tog
                                                              ├─► handle() ─► ┤
     engine ──────► WorkerBecameReady, TasksFinished, … ──────┘               └─► StartWorker, SendTasks, … ──► engine
 
-This module keeps the lives of jobs and workers, from the first to the last; which worker is sent which task is
-``dispatch.py``'s. A worker goes one way, and may be recalled from on it::
+This module keeps the lives of workers, from the first to the last; the jobs are in ``jobs.py``, and which worker is
+sent which task is ``dispatch.py``'s. A worker goes one way, and may be recalled from on it::
 
     STARTING ─ready─► READY ─RetireWorker─► RETIRING ─exited─► (gone; the next worker takes its slot)
                       │  ▲
@@ -21,7 +21,7 @@ Invariants (:meth:`Scheduler.check`; the property test checks the same from outs
 
 1. A task is queued in its job or held by one worker, and ``job.unresolved`` counts just those. Whatever takes a task
    out of there says its outcome once: ResolveTasks, FailTask or DropTask.
-2. A job is in ``_jobs`` until FinishJob, which is said as soon as it is sealed and has nothing unresolved.
+2. A job is in the book until FinishJob; see ``jobs.py``.
 3. While the pool needs workers there is one in each slot, and never more.
 4. Once the pool is over (closed and without jobs, or stopped) nothing starts, nothing is sent, and EndPool is said
    when the last worker is gone.
@@ -29,19 +29,18 @@ Invariants (:meth:`Scheduler.check`; the property test checks the same from outs
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, ClassVar
 
-from tpool.dispatch import Dispatcher, Job, Worker, WorkerState
+from tpool.dispatch import Dispatcher, Worker, WorkerState
 from tpool.errors import ProtocolError
+from tpool.jobs import JobBook
 from tpool.messages import (
     Action,
-    DropTask,
+    AnswerCancel,
     EndPool,
     Event,
     FailTask,
-    FinishJob,
     InitializerFailed,
     JobCancelled,
     JobId,
@@ -55,7 +54,6 @@ from tpool.messages import (
     ResolveTasks,
     Slot,
     StartWorker,
-    Task,
     TasksFinished,
     TasksRecalled,
     TasksSubmitted,
@@ -97,10 +95,7 @@ class Scheduler:
         self._workers: dict[WorkerId, Worker] = {}
         self._next_worker = 0
         self._start_failures = 0  # in a row
-        self._jobs: dict[JobId, Job] = {}
-        # Cancelled before they were sealed: the feeder may not know yet. It still has to seal them, which ends their
-        # stay here, finished or not.
-        self._unheeded: set[JobId] = set()
+        self._book = JobBook(self._dispatcher)
         self._closed = False
         self._stopped = False  # by PoolTerminated or an error; the next two tell why
         self._cause: Any = None
@@ -145,11 +140,9 @@ class Scheduler:
     # Jobs ---------------------------------------------------------------------------------------------------------
 
     def _job_opened(self, event: JobOpened | JobSubmitted) -> None:
-        if event.job in self._jobs:
-            raise AssertionError(f"job {event.job} was opened twice")
         if self._closed and not self._stopped:
             raise AssertionError(f"job {event.job} was opened after the pool was closed")
-        self._jobs[event.job] = Job(event.job, portion=event.batch)
+        self._book.open(event.job, event.batch if isinstance(event, JobOpened) else 1)
 
     def _job_submitted(self, event: JobSubmitted) -> None:
         self._job_opened(event)
@@ -157,47 +150,25 @@ class Scheduler:
         self._job_sealed(event)
 
     def _tasks_submitted(self, event: TasksSubmitted | JobSubmitted) -> None:
-        if event.job in self._unheeded:
-            self._out.extend(map(DropTask, event.tasks))
-            return
-        job = self._open_job(event.job, "was given more tasks")
         if self._stopped:
-            # Legal: the caller did not know yet. Somebody waits for these.
-            self._out.extend(FailTask(task, self._cause) for task in event.tasks)
+            self._book.refuse(event.job, event.tasks, self._cause)
         else:
-            job.unresolved += len(event.tasks)
-            self._dispatcher.enqueue(job, event.tasks)
+            self._book.add(event.job, event.tasks)
 
     def _job_sealed(self, event: JobSealed | JobSubmitted) -> None:
-        if event.job in self._unheeded:
-            self._unheeded.remove(event.job)
-            return
-        job = self._open_job(event.job, "was sealed")
-        job.sealed = True
-        self._finish_if_over(job)
-
-    def _open_job(self, job_id: JobId, story: str) -> Job:
-        job = self._jobs.get(job_id)
-        if job is None or job.sealed:
-            raise AssertionError(f"job {job_id} {story}, but it was sealed before or never opened")
-        return job
+        self._book.seal(event.job)
 
     def _job_cancelled(self, event: JobCancelled) -> None:
-        job = self._jobs.get(event.job)
-        if job is None or job.cancelled:
-            return  # Legal: it was finished or cancelled while the caller made up their mind.
-        if not job.sealed:
-            self._unheeded.add(job.id)
-        job.sealed = job.cancelled = True
-        queued = self._dispatcher.take_queue(job)
-        self._out.extend(map(DropTask, queued))
-        job.unresolved -= len(queued)
-        self._finish_if_over(job)
+        job = self._book.get(event.job)
+        # Legal, if None: it was finished while the caller made up their mind.
+        dropped = job is not None and self._book.cancel(job)
+        if event.asker is not None:
+            self._out.append(AnswerCancel(event.asker, dropped))
 
-    def _finish_if_over(self, job: Job) -> None:
-        if job.sealed and not job.unresolved:
-            del self._jobs[job.id]
-            self._out.append(FinishJob(job.id))
+    def has_started(self, job_id: JobId) -> bool:
+        """Whether a worker holds a task of this job. Any thread may ask; a moment later it may be otherwise."""
+        job = self._book.get(job_id)
+        return job is not None and job.unresolved > len(job.queued)
 
     # Workers ------------------------------------------------------------------------------------------------------
 
@@ -244,10 +215,11 @@ class Scheduler:
                 held.popleft()
         self._out.append(ResolveTasks(outcomes))
         for job_id, count, seconds in runs:
-            job = self._jobs[job_id]
+            job = self._book[job_id]
             job.unresolved -= count
             job.learn(seconds / count)
-            self._finish_if_over(job)
+            if job.sealed and not job.unresolved:
+                self._book.finish_if_over(job)
         self._dispatcher.note_progress(worker)
 
     def _tasks_recalled(self, event: TasksRecalled) -> None:
@@ -257,7 +229,7 @@ class Scheduler:
         if worker.state is not WorkerState.ASKED or not 0 <= event.count <= len(worker.held):
             story = f"{event.count} tasks were recalled, but it is {worker.state.name} and holds {len(worker.held)}"
             raise ProtocolError(f"worker {worker.id}: {story}")
-        self._put_back(self._dispatcher.take_recalled(worker, event.count))
+        self._book.put_back(self._dispatcher.take_recalled(worker, event.count))
 
     def _recall_settled(self, event: RecallSettled) -> None:
         worker = self._workers.get(event.worker)
@@ -279,8 +251,8 @@ class Scheduler:
             for task in held:
                 task.attempts += 1
                 self._out.append(FailTask(task, event.cause))
-            self._leave_unresolved(held)
-            self._put_back(unstarted)
+            self._book.leave_unresolved(held)
+            self._book.put_back(unstarted)
         del self._workers[worker.id]
         self._dispatcher.withdraw(worker)
         if worker.state is WorkerState.STARTING:
@@ -289,25 +261,6 @@ class Scheduler:
                 self._stop(cause=event.cause, error=event.cause)
         if not self._is_over():
             self._start(worker.slot)
-
-    def _put_back(self, tasks: list[Task]) -> None:
-        """Return tasks that never started to the queues, or drop them if nobody waits for them."""
-        by_job: dict[JobId, list[Task]] = {}
-        for task in tasks:
-            by_job.setdefault(task.job, []).append(task)
-        for job_id, returned in by_job.items():
-            job = self._jobs[job_id]
-            if job.cancelled:
-                self._out.extend(map(DropTask, returned))
-                self._leave_unresolved(returned)
-            else:
-                self._dispatcher.put_back(job, returned)
-
-    def _leave_unresolved(self, tasks: Iterable[Task]) -> None:
-        for task in tasks:
-            job = self._jobs[task.job]
-            job.unresolved -= 1
-            self._finish_if_over(job)
 
     # The end ------------------------------------------------------------------------------------------------------
 
@@ -328,10 +281,7 @@ class Scheduler:
             self._out.extend(FailTask(task, cause) for task in worker.held)
             worker.held.clear()
             self._kill(worker)
-        for job in list(self._jobs.values()):
-            self._out.extend(FailTask(task, cause) for task in self._dispatcher.take_queue(job))
-            job.unresolved = 0
-            self._finish_if_over(job)
+        self._book.fail_all(cause)
 
     def _kill(self, worker: Worker) -> None:
         if worker.state is not WorkerState.KILLED:
@@ -340,7 +290,7 @@ class Scheduler:
             self._out.append(KillWorker(worker.id))
 
     def _is_over(self) -> bool:
-        return self._stopped or (self._closed and not self._jobs)
+        return self._stopped or (self._closed and not self._book)
 
     def _wind_up(self) -> None:
         """Send the workers home, and end the pool when the last one has gone."""
@@ -380,19 +330,15 @@ class Scheduler:
 
     def check(self) -> None:
         """Assert the invariants told at the top of this module and of ``dispatch.py``. For tests."""
-        workers, jobs = self._workers.values(), self._jobs.values()
+        workers, jobs = self._workers.values(), self._book.jobs()
         self._dispatcher.check(workers, jobs)
-        places = [task for worker in workers for task in worker.held] + [task for job in jobs for task in job.queued]
-        assert len({(task.job, task.index) for task in places}) == len(places), "a task is in two places"
-        counts = Counter(task.job for task in places)
-        for job in jobs:
-            assert counts[job.id] == job.unresolved, f"job {job.id} has {counts[job.id]} tasks, not {job.unresolved}"
-            assert job.unresolved or not job.sealed, f"job {job.id} is over, but not finished"
-        assert counts.keys() <= self._jobs.keys(), "a task outlived its job"
+        held = [task for worker in workers for task in worker.held]
+        self._book.check(held)
         slots = sorted(worker.slot for worker in workers)
         if self._is_over():
             assert len(set(slots)) == len(slots), "two workers share a slot"
-            assert not places, "the pool is over, but a task has no outcome"
+            assert not held, "the pool is over, but a task has no outcome"
+            assert not any(job.queued for job in jobs), "the pool is over, but a task has no outcome"
             assert self._ended == (not workers)
         else:
             assert slots == list(range(self._processes)), "not one worker per slot"

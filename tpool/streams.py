@@ -14,6 +14,7 @@ from queue import SimpleQueue
 from typing import Generic, TypeVar
 
 from tpool.engine import Result
+from tpool.loops import Bell
 from tpool.results import Failure, SharedFailure, decode
 
 T = TypeVar("T")
@@ -47,6 +48,7 @@ class Stream:
         self._end: Failure | SharedFailure | None = None
         self._news = threading.Condition(threading.Lock())
         self._consumers_waiting = 0
+        self._bells: list[Bell] = []  # of consumers that are coroutines
         self._told = False  # they were woken and have not looked yet; one wake-up serves many results
 
     # The consumer's side --------------------------------------------------------------------------------------------
@@ -61,11 +63,45 @@ class Stream:
         result = self._pop()
         if result is None:
             result = self._wait(timeout)
+        self._count()
+        return result
+
+    async def take_in_loop(self) -> Result:
+        """As ``take``, in a coroutine; if the waiting is cancelled nothing is taken.
+
+        Raises:
+            StopAsyncIteration: there are no more.
+        """
+        result = self._pop()
+        while result is None:
+            bell = Bell()
+            with self._news:
+                self._bells.append(bell)
+                self._consumers_waiting += 1
+                self._told = False  # before looking, as in _wait
+            try:
+                result = self._pop() or self._last()
+                if result is None:
+                    await bell
+                    result = self._pop()
+            except StopIteration:
+                raise StopAsyncIteration from None
+            finally:
+                self._forget_bell(bell)
+        self._count()
+        return result
+
+    def _forget_bell(self, bell: Bell) -> None:
+        with self._news:
+            self._consumers_waiting -= 1
+            if bell in self._bells:
+                self._bells.remove(bell)
+
+    def _count(self) -> None:
         self.consumed += 1
         if self.consumed >= self.feeder_waits_below >= 0:
             self.feeder_waits_below = -1
             self.room.put(None)
-        return result
 
     def _pop(self) -> Result | None:
         if self._ordered:
@@ -85,13 +121,9 @@ class Stream:
             try:
                 while True:
                     self._told = False  # before looking: what arrives after the look is told of again
-                    result = self._pop()
+                    result = self._pop() or self._last()
                     if result is not None:
                         return result
-                    if self._over or (self._length is not None and self.consumed >= self._length):
-                        raise StopIteration
-                    if self._end is not None:
-                        return self._last_failure()
                     remaining = None if deadline is None else deadline - time.monotonic()
                     if remaining is not None and remaining <= 0:
                         raise multiprocessing.TimeoutError
@@ -99,12 +131,18 @@ class Stream:
             finally:
                 self._consumers_waiting -= 1
 
-    def _last_failure(self) -> Result:
-        """The pool ended: say so once, then the stream is over."""
-        failure = self._end
-        assert failure is not None
-        self._over = True
-        return failure
+    def _last(self) -> Result | None:
+        """What is to be said when there is no outcome to take: None that there will be one.
+
+        Raises:
+            StopIteration: there are no more.
+        """
+        if self._over or (self._length is not None and self.consumed >= self._length):
+            raise StopIteration
+        if self._end is None:
+            return None
+        self._over = True  # the pool ended: say so once, then the stream is over
+        return self._end
 
     # The producer's side --------------------------------------------------------------------------------------------
 
@@ -125,6 +163,9 @@ class Stream:
         """The input has ended after so many items."""
         self._length = length
         self._notify()
+
+    def drop(self, index: int) -> None:
+        """See Sink: whoever cancelled wants no more."""
 
     def finish(self) -> None:
         """See Sink."""
@@ -164,10 +205,12 @@ class Stream:
         self._told = True
         with self._news:
             self._news.notify_all()
+            while self._bells:
+                self._bells.pop().ring()
 
 
 class IMapIterator(Generic[T]):
-    """The iterator of ``imap`` and ``imap_unordered``; may be shared by threads.
+    """The iterator of ``imap`` and ``imap_unordered``, also an asynchronous one; may be shared by threads.
 
     Input is drawn as results are consumed. Dropping the iterator gives up what was not consumed.
     """
@@ -198,6 +241,22 @@ class IMapIterator(Generic[T]):
         except StopIteration:
             self._keep = None
             raise StopIteration from None
+        return self._value(result)
+
+    def __aiter__(self) -> IMapIterator[T]:
+        return self
+
+    async def __anext__(self) -> T:
+        """The next result, in a coroutine of any running ``asyncio`` loop; decoded in the loop's thread."""
+        try:
+            result = await self._stream.take_in_loop()
+        except StopAsyncIteration:
+            self._keep = None
+            raise
+        return self._value(result)
+
+    @staticmethod
+    def _value(result: Result) -> T:
         succeeded, value = decode(result)
         if not succeeded:
             raise value

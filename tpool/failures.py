@@ -1,0 +1,48 @@
+"""Why a task has no result, told to its caller: the causes that the scheduler passes on, as exceptions."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+from tpool.engine import WorkerLoss
+from tpool.errors import PoolTerminatedError, WorkerLostError, WorkerStartError
+from tpool.messages import Task
+from tpool.results import Failure, SharedFailure
+
+_ADVICE = ". Its memory was probably exhausted, or its code crashed; the pool goes on with a new worker"
+
+
+def lost(loss: WorkerLoss, task: Task, story: str) -> Failure:
+    """The worker that ran the task is gone."""
+    message = f"{_tell(loss)} while it ran task {task.index} of {story}"
+    return Failure(WorkerLostError(message + _ADVICE, loss.pid, loss.exitcode))
+
+
+def terminated(story: str) -> Failure:
+    """The pool was terminated before."""
+    return Failure(PoolTerminatedError(f"the pool was terminated before {story} had its result"))
+
+
+def start_failed(cause: Any) -> Failure | SharedFailure:
+    """Workers cannot start, or an initializer raised ``cause``."""
+    if not isinstance(cause, WorkerLoss):
+        return SharedFailure(cause)
+    message = f"the pool gave up: its workers cannot start; the last one, {_tell(cause)} before it was ready"
+    return Failure(WorkerStartError(message))
+
+
+def _tell(loss: WorkerLoss) -> str:
+    """What happened to a worker, as the beginning of a sentence."""
+    who = loss.worker if loss.pid is None else f"{loss.worker}, pid {loss.pid},"
+    if loss.story:
+        return f"{who} {loss.story}"
+    if loss.exitcode is None:
+        return f"{who} was lost (its exit status could not be had: the process that started it died too)"
+    if loss.exitcode < 0:
+        try:
+            name = signal.Signals(-loss.exitcode).name
+        except ValueError:
+            name = f"signal {-loss.exitcode}"
+        return f"{who} was killed by {name}"
+    return f"{who} exited with code {loss.exitcode}"

@@ -1,0 +1,143 @@
+"""The jobs of a pool, from the first task to FinishJob: what is left of each, and who still adds to it.
+
+A part of the scheduler, and as pure: ``scheduler.py`` says what has happened, actions go where the dispatcher's go.
+
+Invariants (:meth:`JobBook.check`): a job is in the book until FinishJob, which is said as soon as it is sealed and has
+nothing unresolved; ``job.unresolved`` counts its tasks that are queued or held.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from tpool.dispatch import Dispatcher, Job
+from tpool.messages import DropTask, FailTask, FinishJob, JobId, Task
+
+__all__ = ["JobBook"]
+
+
+class JobBook:
+    """The open jobs.
+
+    Args:
+        dispatcher: keeps their queues.
+    """
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+        self._jobs: dict[JobId, Job] = {}
+        # Cancelled before they were sealed: the feeder may not know yet. It still has to seal them, which ends their
+        # stay here, finished or not.
+        self._unheeded: set[JobId] = set()
+
+    def __bool__(self) -> bool:
+        return bool(self._jobs)
+
+    def __getitem__(self, job_id: JobId) -> Job:
+        return self._jobs[job_id]
+
+    def get(self, job_id: JobId) -> Job | None:
+        """The job, or None if it was finished or never opened. A single look, so any thread may ask."""
+        return self._jobs.get(job_id)
+
+    def open(self, job_id: JobId, batch: int) -> None:
+        """Begin a job."""
+        if job_id in self._jobs:
+            raise AssertionError(f"job {job_id} was opened twice")
+        self._jobs[job_id] = Job(job_id, portion=batch)
+
+    def add(self, job_id: JobId, tasks: list[Task]) -> None:
+        """Queue new tasks, or drop them if nobody waits for them any more."""
+        if job_id in self._unheeded:
+            self._dispatcher.out.extend(map(DropTask, tasks))
+            return
+        job = self._unsealed(job_id, "was given more tasks")
+        job.unresolved += len(tasks)
+        self._dispatcher.enqueue(job, tasks)
+
+    def refuse(self, job_id: JobId, tasks: list[Task], cause: Any) -> None:
+        """Fail new tasks: the pool was stopped, and their caller did not know yet. Somebody waits for these."""
+        if job_id in self._unheeded:
+            self._dispatcher.out.extend(map(DropTask, tasks))
+            return
+        self._unsealed(job_id, "was given more tasks")
+        self._dispatcher.out.extend(FailTask(task, cause) for task in tasks)
+
+    def seal(self, job_id: JobId) -> None:
+        """No more tasks will come."""
+        if job_id in self._unheeded:
+            self._unheeded.remove(job_id)
+            return
+        job = self._unsealed(job_id, "was sealed")
+        job.sealed = True
+        self.finish_if_over(job)
+
+    def _unsealed(self, job_id: JobId, story: str) -> Job:
+        job = self._jobs.get(job_id)
+        if job is None or job.sealed:
+            raise AssertionError(f"job {job_id} {story}, but it was sealed before or never opened")
+        return job
+
+    def cancel(self, job: Job) -> bool:
+        """Drop what is queued of a job; returns whether that was anything."""
+        if not job.cancelled and not job.sealed:
+            self._unheeded.add(job.id)
+        job.sealed = job.cancelled = True
+        queued = self._dispatcher.take_queue(job)
+        self.drop(queued)
+        self.finish_if_over(job)  # which drop says only if there was a task
+        return bool(queued)
+
+    def drop(self, tasks: Iterable[Task]) -> None:
+        """Tasks of cancelled jobs that nobody holds any more."""
+        tasks = list(tasks)
+        self._dispatcher.out.extend(map(DropTask, tasks))
+        self.leave_unresolved(tasks)
+
+    def put_back(self, tasks: Iterable[Task]) -> None:
+        """Return tasks to the queues, or drop them if nobody waits for them."""
+        by_job: dict[JobId, list[Task]] = {}
+        for task in tasks:
+            by_job.setdefault(task.job, []).append(task)
+        for job_id, returned in by_job.items():
+            job = self._jobs[job_id]
+            if job.cancelled:
+                self.drop(returned)
+            else:
+                self._dispatcher.put_back(job, returned)
+
+    def leave_unresolved(self, tasks: Iterable[Task]) -> None:
+        """Tasks that have their outcomes, said by whoever calls."""
+        for task in tasks:
+            job = self._jobs[task.job]
+            job.unresolved -= 1
+            self.finish_if_over(job)
+
+    def finish_if_over(self, job: Job) -> None:
+        """Say FinishJob when it is due."""
+        if job.sealed and not job.unresolved and self._jobs.pop(job.id, None) is not None:
+            self._dispatcher.out.append(FinishJob(job.id))
+
+    def fail_all(self, cause: Any) -> None:
+        """The pool was stopped and no worker holds anything: fail what is queued. Unsealed jobs stay until sealed."""
+        for job in list(self._jobs.values()):
+            self._dispatcher.out.extend(FailTask(task, cause) for task in self._dispatcher.take_queue(job))
+            job.unresolved = 0
+            self.finish_if_over(job)
+
+    def jobs(self) -> list[Job]:
+        """All open jobs. For tests."""
+        return list(self._jobs.values())
+
+    def check(self, held: Iterable[Task]) -> None:
+        """Assert the invariants, given all tasks that workers hold. For tests."""
+        jobs = self._jobs.values()
+        places = [*held, *(task for job in jobs for task in job.queued)]
+        assert len({(task.job, task.index) for task in places}) == len(places), "a task is in two places"
+        counts = Counter(task.job for task in places)
+        for job in jobs:
+            assert counts[job.id] == job.unresolved, f"job {job.id} has {counts[job.id]} tasks, not {job.unresolved}"
+            assert job.unresolved or not job.sealed, f"job {job.id} is over, but not finished"
+        assert counts.keys() <= self._jobs.keys(), "a task outlived its job"

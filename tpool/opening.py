@@ -1,0 +1,152 @@
+"""How a call becomes a job: its function and items are encoded, here in the caller's thread, and handed over.
+
+Pool.apply, map, imap ─► Opener ─┬─ encode ─► engine
+└─ open, submit ─► handler (imap: by way of a feeder)
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from tpool.engine import Engine
+from tpool.feeder import Feeder
+from tpool.futures import AsyncResult
+from tpool.gate import Gate
+from tpool.handler import Handler
+from tpool.local.wire import Mode
+from tpool.map_result import MapResult
+from tpool.messages import JobCancelled, JobId, JobSealed, Task
+from tpool.results import Failure, Sink
+from tpool.streams import IMapIterator, Stream
+
+# As in the standard library: enough chunks that the last ones even out, few enough that each is worth a message.
+CHUNKS_PER_WORKER = 4
+
+
+class Opener:
+    """Opens the jobs of one pool; from any thread.
+
+    Args:
+        engine: encodes.
+        handler: takes the jobs.
+        gate: raises if the pool takes no more work.
+        processes: how many workers there are.
+        max_tasks: after how many calls a worker is replaced; None for never.
+        stream_nbytes: what one ``imap`` may hold in items drawn but not consumed.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        handler: Handler,
+        gate: Gate,
+        processes: int,
+        max_tasks: int | None,
+        stream_nbytes: int,
+    ) -> None:
+        self._engine = engine
+        self._handler = handler
+        self._gate = gate
+        self._processes = processes
+        self._max_tasks = max_tasks
+        self._stream_nbytes = stream_nbytes
+
+    def open_single(
+        self, result: AsyncResult[Any], func: Callable[..., Any], args: tuple[Any, ...], kwds: Mapping[str, Any]
+    ) -> None:
+        """Make a job of one call."""
+        try:
+            payload = self._engine.encode_call(func, args, dict(kwds))
+        except Exception as error:  # as in the standard library: the result says so, not this call
+            result.resolve(0, Failure(error))
+            return
+        with self._gate.lock:
+            self._gate.check_running()
+            result._job = self._handler.open_single(result, Mode.APPLY, payload)
+
+    def open_map(
+        self,
+        result: MapResult[Any],
+        mode: Mode,
+        func: Callable[..., Any],
+        items: list[Any] | tuple[Any, ...],
+        size: int,
+    ) -> None:
+        """Make a job of a map, ``size`` items to a task."""
+        try:
+            function = self._engine.encode(func)
+        except Exception as error:
+            result.resolve(0, Failure(error))
+            result.expect(1)
+            return
+        result._job = job = self._open(result, mode, function)
+        try:
+            self._submit_chunks(job, result, items, size)
+        except BaseException:
+            self._handler.post(JobCancelled(job))
+            raise
+        finally:
+            self._handler.post(JobSealed(job))
+
+    def _submit_chunks(self, job: JobId, result: MapResult[Any], items: Any, size: int) -> None:
+        count = -(-len(items) // size)
+        for index in range(count):
+            chunk = list(items[index * size : (index + 1) * size])
+            try:
+                payload = self._engine.encode(chunk)
+            except Exception as error:  # this chunk's outcome; the others run
+                result.resolve(index, Failure(error))
+                continue
+            self._handler.submit(Task(job, index, payload, weight=len(chunk)))
+        result.expect(count)
+
+    def chunksize(self, count: int, chunksize: int | None) -> int:
+        """How many of ``count`` items travel together."""
+        if chunksize is None:
+            chunksize = max(1, -(-count // (self._processes * CHUNKS_PER_WORKER)))
+        elif chunksize < 1:
+            raise ValueError(f"Chunksize must be 1+, not {chunksize}")
+        # A worker is replaced after so many calls, not so many chunks.
+        return chunksize if self._max_tasks is None else min(chunksize, self._max_tasks)
+
+    def open_stream(
+        self,
+        iterator: IMapIterator[Any],
+        stream: Stream,
+        func: Callable[..., Any],
+        iterable: Iterable[Any],
+        chunksize: int,
+        buffersize: int | None,
+    ) -> None:
+        """Make a job of an ``imap``, and start its feeder."""
+        try:
+            function = self._engine.encode(func)
+        except Exception as error:
+            stream.resolve(0, Failure(error))
+            stream.set_length(1)
+            return
+        job = self._open(stream, Mode.CALL, function, chunksize)
+        weakref.finalize(iterator, _abandon, stream, self._handler, job).atexit = False
+        window = None if buffersize is None else max(buffersize, chunksize)
+        if chunksize > 1 and window is None:
+            window = 2 * chunksize * self._processes
+        feeder = Feeder(self._handler, job, stream, iterable, self._processes)
+        feeder.start(chunksize, window, self._stream_nbytes)
+
+    def _open(self, sink: Sink, mode: Mode, function: Any, batch: int = 1) -> JobId:
+        with self._gate.lock:
+            self._gate.check_running()
+            return self._handler.open_job(sink, mode, function, batch)
+
+    def cancel(self, job: JobId) -> None:
+        """Nobody can ask for the rest of a job any more."""
+        self._handler.post(JobCancelled(job))
+
+
+def _abandon(stream: Stream, handler: Handler, job: JobId) -> None:
+    """The iterator was dropped: nobody can take the rest. Runs in a finalizer, so it takes no lock."""
+    stream.cancel()
+    handler.post(JobCancelled(job))
+    stream.discard()
