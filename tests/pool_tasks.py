@@ -238,3 +238,49 @@ class TellsItsThread:
 
     def __setstate__(self, state):
         self.loaded_in = threading.current_thread().name
+
+
+def count_attempt(path):
+    """How often this was called with this path, this time included."""
+    with open(path, "a") as stream:
+        stream.write("x")
+    return len(Path(path).read_text())
+
+
+def fail_until(path, attempt, error):
+    """Raise until it was tried so often."""
+    count = count_attempt(path)
+    if count < attempt:
+        raise error
+    return count
+
+
+def die_until(path, attempt):
+    count = count_attempt(path)
+    if count < attempt:
+        kill_self()
+    return count
+
+
+def hang_until(path, attempt):
+    count = count_attempt(path)
+    if count < attempt:
+        time.sleep(60)
+    return count
+
+
+def hang_if(item):
+    value, victim = item
+    if victim:
+        time.sleep(60)
+    return value
+
+
+def tell_pid_and_hang(path):
+    Path(path).write_text(str(os.getpid()))
+    time.sleep(60)
+
+
+def identity_slowly(value, seconds):
+    time.sleep(seconds)
+    return value

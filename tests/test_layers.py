@@ -13,8 +13,10 @@ PACKAGE = Path(__file__).parent.parent / "tpool"
 ROWS = [
     ["tpool.errors", "tpool.local.deathwatch"],
     ["tpool.messages"],
+    ["tpool.deadlines", "tpool.limits", "tpool.roster"],
     ["tpool.dispatch"],
     ["tpool.jobs"],
+    ["tpool.killing"],
     ["tpool.scheduler"],
     ["tpool.tensors.budget", "tpool.tensors.memfd", "tpool.tensors.forks"],
     ["tpool.tensors.extents", "tpool.tensors.ledger"],
@@ -42,6 +44,7 @@ ROWS = [
         "tpool.local.channel",
         "tpool.local.outbox",
         "tpool.local.answers",
+        "tpool.local.faltering",
         "tpool.local.identity",
         "tpool.local.story",
     ],
@@ -72,7 +75,8 @@ ROW_OF = {name: number for number, row in enumerate(ROWS) for name in row}
 PACKAGES = {"tpool.tensors", "tpool.local"}
 # What a pure module may not touch.
 IMPURE = {"os", "time", "threading", "torch", "logging", "socket", "select", "multiprocessing"}
-PURE = ["tpool.errors", "tpool.messages", "tpool.dispatch", "tpool.jobs", "tpool.scheduler"]
+PURE_NAMES = ["errors", "messages", "deadlines", "roster", "dispatch", "jobs", "killing", "scheduler"]
+PURE = [f"tpool.{name}" for name in PURE_NAMES]
 
 
 def module_name(path: Path) -> str:

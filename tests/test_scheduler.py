@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 
-import tpool.dispatch
-import tpool.jobs
-import tpool.scheduler
+from tpool import deadlines, dispatch, jobs, killing, roster, scheduler
 from tpool.dispatch import AHEAD_SECONDS, MAX_BATCH, RECALL_SECONDS
 from tpool.errors import ProtocolError
 from tpool.messages import (
@@ -23,16 +21,21 @@ from tpool.messages import (
     PoolClosed,
     PoolTerminated,
     RecallSettled,
+    Rules,
     Task,
+    TaskFaltered,
     TasksFinished,
     TasksRecalled,
     TasksSubmitted,
+    TimedOut,
     TimePassed,
     WorkerBecameReady,
     WorkerExited,
     WorkerId,
 )
 from tpool.scheduler import MAX_START_FAILURES, START_GRACE_SECONDS, Scheduler
+
+PARTS = [scheduler, killing, jobs, dispatch, roster, deadlines]
 
 FAST = 1e-6
 HALF = MAX_BATCH // 2  # what travels in one message of fast tasks
@@ -77,8 +80,10 @@ class World:
     def ready(self, worker: int) -> list[tuple[Any, ...]]:
         return self.say(WorkerBecameReady(WorkerId(worker)))
 
-    def open(self, job: int, tasks: int = 0, weight: int = 1, batch: int = 1, seal: bool = False) -> list[Any]:
-        actions = self.say(JobOpened(JobId(job), batch))
+    def open(
+        self, job: int, tasks: int = 0, weight: int = 1, batch: int = 1, seal: bool = False, rules: Rules | None = None
+    ) -> list[Any]:
+        actions = self.say(JobOpened(JobId(job), batch, rules))
         actions += self.submit(job, tasks, weight)
         return actions + (self.seal(job) if seal else [])
 
@@ -91,13 +96,20 @@ class World:
     def seal(self, job: int) -> list[tuple[Any, ...]]:
         return self.say(JobSealed(JobId(job)))
 
-    def cancel(self, job: int, asker: Any = None) -> list[tuple[Any, ...]]:
-        return self.say(JobCancelled(JobId(job), asker))
+    def cancel(self, job: int, kill: bool = False, asker: Any = None) -> list[tuple[Any, ...]]:
+        return self.say(JobCancelled(JobId(job), kill, asker))
 
     def finish(self, worker: int, count: int = 1, seconds: float = SLOW, after: float = 0.0) -> list[tuple[Any, ...]]:
         done, self.held[worker] = self.held[worker][:count], self.held[worker][count:]
         results = [(task.job, task.index, "result", seconds) for task in done]
         return self.say(TasksFinished(WorkerId(worker), results), after)
+
+    def falter(self, worker: int, seconds: float = SLOW) -> list[tuple[Any, ...]]:
+        task = self.held[worker].pop(0)
+        return self.say(TaskFaltered(WorkerId(worker), task.job, task.index, "its error", seconds))
+
+    def time_passes(self, seconds: float) -> list[tuple[Any, ...]]:
+        return self.say(TimePassed(), after=seconds)
 
     def recalled(self, worker: int, count: int) -> list[tuple[Any, ...]]:
         self.held[worker] = self.held[worker][: len(self.held[worker]) - count]
@@ -125,13 +137,14 @@ def named(actions: list[tuple[Any, ...]], *names: str) -> list[tuple[Any, ...]]:
 
 
 class TestLayers:
-    @pytest.mark.parametrize("module", [tpool.scheduler, tpool.jobs, tpool.dispatch])
+    @pytest.mark.parametrize("module", PARTS)
     def test_imports_nothing_that_acts(self, module: Any) -> None:
         tree = ast.parse(Path(module.__file__).read_text())
         imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-        pure = {"__future__", "collections", "collections.abc", "dataclasses", "enum", "typing"}
-        assert imported <= pure | {"tpool.dispatch", "tpool.errors", "tpool.jobs", "tpool.messages"}
+        pure = {"__future__", "collections", "collections.abc", "dataclasses", "enum", "heapq", "typing"}
+        inner = {"tpool.errors", "tpool.messages", *(part.__name__ for part in PARTS)}
+        assert imported <= pure | inner
 
 
 class TestJobs:
@@ -539,6 +552,202 @@ class TestLostWorkers:
         assert world.exit(1) == []
         assert world.say(PoolTerminated("too late")) == []
         assert world.exit(0, unstarted=1) == [("EndPool", "error")]
+
+
+class TestTimeouts:
+    LIMIT = Rules(timeout=5.0)
+
+    def test_a_task_that_runs_for_too_long_fails_and_its_worker_is_killed_and_replaced(self) -> None:
+        world = World(1)
+        assert sent(world.open(0, tasks=2, seal=True, rules=self.LIMIT)) == [(0, 1)]
+        assert world.scheduler.wake_at == world.now + 5
+        assert world.time_passes(4.9) == []
+        killed, failed = world.time_passes(0.1)
+        assert killed == ("KillWorker", 0)
+        assert failed[:2] == ("FailTask", (0, 0))
+        assert (type(failed[2]), failed[2].worker, failed[2].timeout) == (TimedOut, 0, 5.0)
+        assert world.scheduler.wake_at is None
+        assert world.exit(0) == [("StartWorker", 1, 0)]
+        assert sent(world.ready(1)) == [(1, 1)]
+
+    def test_the_time_of_each_task_is_its_own(self) -> None:
+        world = World(2)
+        world.open(0, tasks=3, rules=self.LIMIT)
+        world.finish(0, after=4.0)
+        assert world.scheduler.wake_at == world.now + 1  # of worker 1
+        assert named(world.time_passes(1.0), "KillWorker") == [("KillWorker", 1)]
+        assert world.scheduler.wake_at == world.now + 4
+
+    def test_a_result_in_time_is_a_result(self) -> None:
+        world = World(1)
+        world.open(0, tasks=1, rules=self.LIMIT)
+        assert named(world.finish(0, after=4.9), "ResolveTasks", "KillWorker") == [
+            ("ResolveTasks", [((0, 0), "result")])
+        ]
+        assert world.scheduler.wake_at is None
+        assert world.time_passes(1.0) == []
+
+    def test_a_result_that_was_read_before_the_clock_is_a_result(self) -> None:
+        world = World(1)
+        world.open(0, tasks=1, rules=self.LIMIT)
+        assert named(world.finish(0, after=60.0), "ResolveTasks", "KillWorker") == [
+            ("ResolveTasks", [((0, 0), "result")])
+        ]
+
+    def test_what_a_killed_worker_had_still_said_changes_nothing(self) -> None:
+        world = World(1)
+        world.open(0, tasks=1, rules=self.LIMIT)
+        world.time_passes(5.0)
+        assert world.finish(0) == []
+
+    def test_nothing_is_sent_with_a_task_that_has_a_time_limit(self) -> None:
+        world = World(1)
+        world.open(0, tasks=100, batch=10, rules=self.LIMIT)
+        for _ in range(10):
+            assert sent(world.finish(0, seconds=FAST)) == [(0, 1)]
+        world.open(1)
+        assert sent(world.submit(1, tasks=100)) == []
+
+    def test_other_workers_and_jobs_are_untouched(self) -> None:
+        world = World(2)
+        world.open(0, tasks=1, rules=self.LIMIT)
+        world.open(1, tasks=1)
+        assert named(world.time_passes(60.0), "FailTask", "KillWorker") != []
+        assert named(world.finish(1), "ResolveTasks") == [("ResolveTasks", [((1, 0), "result")])]
+
+    def test_it_is_tried_again_where_that_was_asked(self) -> None:
+        world = World(1)
+        world.open(0, tasks=1, rules=Rules(timeout=5.0, retries=1, retry_timed_out=True))
+        assert [action[0] for action in world.time_passes(5.0)] == ["KillWorker", "RetryTask"]
+        world.exit(0)
+        assert sent(world.ready(1)) == [(1, 1)]
+        assert world.scheduler.wake_at == world.now + 5
+        assert [action[0] for action in world.time_passes(5.0)] == ["KillWorker", "FailTask"]
+
+    def test_the_clock_of_a_lost_attempt_stands_still(self) -> None:
+        world = World(2)
+        world.open(0, tasks=1, rules=Rules(timeout=5.0, retries=1, retry_lost=True))
+        world.time_passes(3.0)
+        assert sent(world.exit(0)) == [(1, 1)]
+        assert world.scheduler.wake_at == world.now + 5
+        assert world.time_passes(2.5) == []
+
+    def test_the_same_worker_may_get_the_same_task_again_with_new_time(self) -> None:
+        world = World(1)
+        world.open(0, tasks=1, rules=Rules(timeout=5.0, retries=1))
+        world.time_passes(3.0)
+        assert sent(world.falter(0)) == [(0, 1)]
+        assert world.scheduler.wake_at == world.now + 5
+        assert world.time_passes(2.5) == []
+
+
+class TestRetries:
+    def test_a_task_whose_worker_was_lost_goes_back_to_its_place(self) -> None:
+        world = World(1)
+        world.open(0, tasks=2, rules=Rules(retries=1, retry_lost=True))
+        assert world.exit(0) == [("RetryTask", (0, 0), "lost"), ("StartWorker", 1, 0)]
+        assert world.ready(1) == [("SendTasks", 1, [(0, 0)])]
+
+    def test_a_task_that_kills_worker_after_worker_is_given_up_with_its_story(self) -> None:
+        world = World(1)
+        world.open(0, tasks=1, seal=True, rules=Rules(retries=2, retry_lost=True))
+        task = world.held[0][0]
+        for worker in (0, 1):
+            assert named(world.exit(worker, cause=f"loss {worker}"), "FailTask") == []
+            world.ready(worker + 1)
+        assert named(world.exit(2, cause="loss 2"), "FailTask") == [("FailTask", (0, 0), "loss 2")]
+        assert (task.attempts, task.losses) == (3, ("loss 0", "loss 1", "loss 2"))
+
+    def test_without_the_rule_a_loss_is_a_failure(self) -> None:
+        world = World(1)
+        world.open(0, tasks=1, rules=Rules(retries=5))
+        assert named(world.exit(0), "FailTask", "RetryTask") == [("FailTask", (0, 0), "lost")]
+
+    def test_an_exception_that_is_tried_again_is_the_outcome_after_the_last_attempt(self) -> None:
+        world = World(1)
+        world.open(0, tasks=1, seal=True, rules=Rules(retries=1))
+        assert world.falter(0) == [("RetryTask", (0, 0), None), ("SendTasks", 0, [(0, 0)])]
+        assert world.falter(0) == [("ResolveTasks", [((0, 0), "its error")]), ("FinishJob", 0)]
+
+    def test_what_was_cancelled_meanwhile_is_not_tried_again(self) -> None:
+        world = World(1)
+        world.open(0, tasks=1, seal=True, rules=Rules(retries=1, retry_lost=True))
+        assert world.cancel(0) == []
+        actions = world.falter(0)
+        assert named(actions, "DropTask", "FinishJob", "SendTasks") == [("DropTask", (0, 0)), ("FinishJob", 0)]
+
+    def test_a_wrong_answer_blames_the_worker(self) -> None:
+        world = World(1)
+        world.open(0, tasks=1)
+        with pytest.raises(ProtocolError, match="worker 0 answered task 7"):
+            world.say(TaskFaltered(WorkerId(0), JobId(0), 7, "its error", SLOW))
+        assert named(world.finish(0), "ResolveTasks") != []
+
+
+class TestCancelAndKill:
+    def test_what_runs_is_dropped_and_its_worker_killed_and_replaced(self) -> None:
+        world = World(2)
+        world.open(0, tasks=3, seal=True)
+        assert world.cancel(0, kill=True, asker="me") == [
+            ("DropTask", (0, 2)),
+            ("KillWorker", 0),
+            ("DropTask", (0, 0)),
+            ("KillWorker", 1),
+            ("DropTask", (0, 1)),
+            ("FinishJob", 0),
+            ("AnswerCancel", "me", True),
+        ]
+        assert world.exit(0) == [("StartWorker", 2, 0)]
+
+    def test_after_a_cancel_without_a_kill(self) -> None:
+        world = World(1)
+        world.open(0, tasks=1, seal=True)
+        assert world.cancel(0, asker="me") == [("AnswerCancel", "me", False)]
+        assert named(world.cancel(0, kill=True), "KillWorker", "DropTask") == [("KillWorker", 0), ("DropTask", (0, 0))]
+
+    def test_what_another_job_has_behind_the_task_is_taken_back_first(self) -> None:
+        world = self.mixed()
+        assert world.cancel(0, kill=True, asker="me") == [("RecallTasks", 0), ("AnswerCancel", "me", False)]
+        behind = len(world.held[0]) - 1
+        assert named(world.recalled(0, behind), "KillWorker", "DropTask") == [("KillWorker", 0), ("DropTask", (0, 1))]
+        world.exit(0)
+        assert sent(world.ready(1)) != []
+
+    def test_a_result_on_its_way_is_waited_for(self) -> None:
+        world = self.mixed()
+        world.cancel(1, kill=True)
+        assert named(world.recalled(0, len(world.held[0]) - 2), "KillWorker") == []  # it runs the second
+        assert named(world.finish(0), "ResolveTasks", "KillWorker", "DropTask") == [
+            ("ResolveTasks", [((0, 1), "result")]),
+            ("KillWorker", 0),
+            ("DropTask", (1, 1)),
+        ]
+
+    def test_a_doomed_task_that_finished_in_time_takes_nobody_with_it(self) -> None:
+        world = self.mixed()
+        world.cancel(0, kill=True)
+        world.recalled(0, len(world.held[0]) - 2)  # it runs the second, so the first is done
+        assert named(world.finish(0), "KillWorker") == []
+        assert named(world.settled(0), "KillWorker") == []
+        assert named(world.finish(0), "ResolveTasks") == [("ResolveTasks", [((1, 1), "result")])]
+
+    def test_a_condemned_worker_may_die_by_itself(self) -> None:
+        world = self.mixed()
+        world.cancel(0, kill=True)
+        assert named(world.exit(0, len(world.held[0]) - 1), "FailTask") == [("FailTask", (0, 1), "lost")]
+
+    @staticmethod
+    def mixed() -> World:
+        """One worker holds a task of job 0 and, behind it, some of job 1; all are believed to be short."""
+        world = World(1)
+        world.learn(0, FAST)
+        world.learn(1, FAST)
+        world.submit(0, tasks=1)
+        world.submit(1, tasks=8)
+        jobs = [task.job for task in world.held[0]]
+        assert jobs[0] == 0
+        assert set(jobs[1:]) == {1}
+        return world
 
 
 class TestTheEnd:

@@ -19,6 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tpool.dispatch import AHEAD_SECONDS, MAX_BATCH, RECALL_SECONDS
 from tpool.errors import ProtocolError
 from tpool.messages import (
+    AnswerCancel,
     DropTask,
     EndPool,
     FailTask,
@@ -35,12 +36,16 @@ from tpool.messages import (
     RecallTasks,
     ResolveTasks,
     RetireWorker,
+    RetryTask,
+    Rules,
     SendTasks,
     StartWorker,
     Task,
+    TaskFaltered,
     TasksFinished,
     TasksRecalled,
     TasksSubmitted,
+    TimedOut,
     TimePassed,
     WorkerBecameReady,
     WorkerExited,
@@ -53,6 +58,13 @@ Key = tuple[int, int]  # (job, index)
 SHORT = AHEAD_SECONDS / 1000
 PACES = [SHORT, SHORT, SHORT, SHORT, AHEAD_SECONDS / 4, AHEAD_SECONDS, 1.0]  # seconds that a job's tasks mostly take
 TICK = RECALL_SECONDS / 1000  # how much later the next event comes at least
+LIMIT = 0.5  # seconds, where tasks have a time limit
+RULES = [
+    *[None] * 4,
+    Rules(retries=1, retry_lost=True),
+    Rules(timeout=LIMIT),
+    Rules(timeout=LIMIT, retries=2, retry_lost=True, retry_timed_out=True),
+]
 MANY = 20_000  # steps, more than anything needs
 SELDOM = st.sampled_from([False] * 5 + [True])
 
@@ -67,6 +79,7 @@ class ModelWorker:
     given: int = 0
     since: float = 0.0  # it has held two or more for so long, without a result
     heard_at: float = 0.0  # its last result, or the message that ended its idleness
+    due: float = 0.0  # of the last task with a time limit
 
 
 @dataclass(eq=False)
@@ -77,7 +90,9 @@ class ModelJob:
     count: int = 0
     sealed: bool = False  # by JobSealed
     cancelled: bool = False
+    doomed: bool = False  # cancelled, and nothing of it may run on
     finished: bool = False
+    rules: Rules = field(default_factory=Rules)
     queue: dict[int, Task] = field(default_factory=dict)
     durations: list[float] = field(default_factory=list)
     turn: int = 0  # the number of messages before it came to wait for its turn
@@ -114,6 +129,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.ended = False
         self.settling: list[Task] = []  # on their way back from a worker, while one event is handled
         self.expected: list[tuple[str, Key, Any]] = []  # the outcomes that the event under way must have
+        self.to_retry: list[Task] = []  # the tasks that the event under way must put back after an attempt in vain
+        self.dropped = 0  # in the event under way
         self.carry_out(self.scheduler.begin())
         if not not_ready:
             for worker in list(self.workers.values()):
@@ -123,11 +140,15 @@ class SchedulerMachine(RuleBasedStateMachine):
     def say(self, event: Any, expect: list[tuple[str, Key, Any]] | None = None) -> None:
         self.in_doubt = True
         self.expected = expect or []
+        self.dropped = 0
         self.said_at = self.now
         self.now += TICK
         actions = self.scheduler.handle(event, self.said_at)
         self.carry_out(actions)
+        if self.over() and self.over_since is None:
+            self.over_since = self.said_at
         assert not self.expected, f"{event} should have given {self.expected}"
+        assert not self.to_retry, f"{event} should have put back {self.to_retry}"
         for action in actions:
             if isinstance(action, RecallTasks):
                 self.answer_recall(self.workers[action.worker])
@@ -173,6 +194,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert [task.index for task in action.tasks] == sorted(job.queue)[: len(action.tasks)], "sent out of order"
         self.check_turn(worker, job)
         self.check_portion(worker, job, len(action.tasks))
+        if job.rules.timeout is not None:
+            assert len(action.tasks) == 1, "tasks with a time limit were packed"
+            assert not worker.held, "a task with a time limit was sent ahead"
+            worker.due = self.said_at + job.rules.timeout
+        else:
+            assert not self.timed(worker), "something was sent behind a task with a time limit"
         self.messages += 1
         job.turn = self.messages
         if not worker.held:
@@ -206,8 +233,17 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert self.said_at < worker.heard_at + RECALL_SECONDS, "sent ahead to a worker that is stuck"
         assert len(worker.held) + count <= MAX_BATCH or count <= job.batch
 
+    def timed(self, worker: ModelWorker) -> bool:
+        return bool(worker.held) and self.jobs[worker.held[0].job].rules.timeout is not None
+
     def do_RecallTasks(self, action: RecallTasks) -> None:
         worker = self.workers[action.worker]
+        doomed = [self.jobs[task.job].doomed for task in worker.held]
+        if any(doomed):
+            assert worker.state == "ready"
+            assert not all(doomed), "recalled before a kill that harms nobody"
+            worker.state = "asked"
+            return
         assert worker in self.loaded(), "recalled from a worker that has nothing unstarted"
         assert self.idle(), "a recall for nobody"
         assert not self.waiting(), "a recall while something is queued"
@@ -229,8 +265,36 @@ class SchedulerMachine(RuleBasedStateMachine):
         worker = self.workers[action.worker]
         assert worker.state != "killed", "killed twice"
         late = self.over_since is not None and self.now >= self.over_since + START_GRACE_SECONDS
-        assert self.stopped is not None or (late and worker.state == "starting"), "killed for no reason"
+        if self.stopped is None and not (late and worker.state == "starting"):
+            assert worker.held, "killed for no reason"
+            if all(self.jobs[task.job].doomed for task in worker.held):
+                self.expected += [("dropped", (task.job, task.index), None) for task in worker.held]
+            else:
+                assert self.timed(worker), "killed for no reason"
+                assert self.said_at >= worker.due, "killed too early"
+                (task,) = worker.held
+                self.note_attempt(task, "timed out", self.jobs[task.job].rules.retry_timed_out)
+            worker.held.clear()
+            worker.started = 0
         worker.state = "killed"
+
+    def note_attempt(self, task: Task, how: str, again: bool) -> None:
+        """An attempt was in vain: it must be followed by another, or by the failure."""
+        key, job = (task.job, task.index), self.jobs[task.job]
+        self.attempts[key] = self.attempts.get(key, 0) + 1
+        if not again or self.attempts[key] > job.rules.retries:
+            self.expected.append(("failed", key, how))
+        elif job.cancelled:
+            self.expected.append(("dropped", key, None))
+        else:
+            self.to_retry.append(task)
+
+    def do_RetryTask(self, action: RetryTask) -> None:
+        self.to_retry.remove(action.task)
+        self.enqueue(self.jobs[action.task.job], [action.task])
+
+    def do_AnswerCancel(self, action: AnswerCancel) -> None:
+        assert action.dropped == bool(self.dropped), "whoever cancelled was told wrongly"
 
     def resolve(self, task: Task, how: str, extra: Any) -> None:
         key = (task.job, task.index)
@@ -246,11 +310,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.resolve(task, "resolved", result)
 
     def do_FailTask(self, action: FailTask) -> None:
-        self.resolve_unless_late(action.task, "failed", action.cause)
+        cause = "timed out" if isinstance(action.cause, TimedOut) else action.cause
+        self.resolve_unless_late(action.task, "failed", cause)
         assert action.task.attempts == self.attempts.get((action.task.job, action.task.index), 0)
 
     def do_DropTask(self, action: DropTask) -> None:
         assert self.jobs[action.task.job].cancelled
+        self.dropped += 1
         self.resolve_unless_late(action.task, "dropped", None)
 
     def resolve_unless_late(self, task: Task, how: str, extra: Any) -> None:
@@ -286,16 +352,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         tasks=st.sampled_from([0, 1, 5, 40, 200]),
         weight=st.integers(1, 3),
         seal=st.booleans(),
+        rules=st.sampled_from(RULES),
     )
-    def open_job(self, batch: int, pace: float, tasks: int, weight: int, seal: bool) -> None:
-        job = ModelJob(len(self.jobs), batch, pace)
+    def open_job(self, batch: int, pace: float, tasks: int, weight: int, seal: bool, rules: Rules | None) -> None:
+        job = ModelJob(len(self.jobs), batch, pace, rules=rules or Rules())
         self.begin_job(job, tasks, weight)
         if seal:
             self.seal(job)
 
     def begin_job(self, job: ModelJob, tasks: int, weight: int) -> None:
         self.jobs[job.id] = job
-        self.say(JobOpened(JobId(job.id), job.batch))
+        self.say(JobOpened(JobId(job.id), job.batch, job.rules if job.rules.retries or job.rules.timeout else None))
         self.add(job, tasks, weight)
 
     @precondition(lambda self: self.unsealed())
@@ -358,17 +425,25 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.say(TasksSubmitted(JobId(job.id), [Task(JobId(job.id), job.count, None)]))
 
     @precondition(lambda self: self.jobs)
-    @rule(data=st.data(), luck=SELDOM)
-    def cancel(self, data: st.DataObject, luck: bool) -> None:
+    @rule(data=st.data(), luck=SELDOM, kill=st.booleans())
+    def cancel(self, data: st.DataObject, luck: bool, kill: bool) -> None:
         if luck:
-            self.cancel_job(data.draw(st.sampled_from(list(self.jobs.values())), label="job"))
+            self.cancel_job(data.draw(st.sampled_from(list(self.jobs.values())), label="job"), kill)
 
-    def cancel_job(self, job: ModelJob) -> None:
+    @precondition(lambda self: self.holding())
+    @rule(data=st.data(), luck=SELDOM)
+    def cancel_what_runs(self, data: st.DataObject, luck: bool) -> None:
+        worker = data.draw(st.sampled_from(self.loaded() or self.holding()), label="worker")
+        if luck:
+            self.cancel_job(self.jobs[data.draw(st.sampled_from(worker.held), label="task").job], kill=True)
+
+    def cancel_job(self, job: ModelJob, kill: bool = False) -> None:
         if not job.finished:
             job.cancelled = True
+            job.doomed = job.doomed or kill
         expect: list[tuple[str, Key, Any]] = [("dropped", (job.id, index), None) for index in job.queue]
         job.queue.clear()
-        self.say(JobCancelled(JobId(job.id)), expect)
+        self.say(JobCancelled(JobId(job.id), kill, "somebody"), expect)
 
     @precondition(lambda self: self.peace < 0 and not self.closed)
     @rule()
@@ -464,6 +539,26 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.jobs[job].durations.append(seconds)
         expect = [("resolved", (int(job), index), result) for job, index, result, _ in results]
         self.say(TasksFinished(WorkerId(worker.id), results), expect)
+
+    @precondition(lambda self: [worker for worker in self.holding() if self.jobs[worker.held[0].job].rules.retries])
+    @rule(data=st.data())
+    def falter(self, data: st.DataObject) -> None:
+        """A task raises an exception that is to be tried again."""
+        faltering = [worker for worker in self.holding() if self.jobs[worker.held[0].job].rules.retries]
+        worker = data.draw(st.sampled_from(faltering), label="worker")
+        task = worker.held.pop(0)
+        worker.started = max(0, worker.started - 1)
+        worker.since = worker.heard_at = self.now
+        expect: list[tuple[str, Key, Any]] = []
+        key, job = (task.job, task.index), self.jobs[task.job]
+        self.attempts[key] = self.attempts.get(key, 0) + 1
+        if self.attempts[key] > job.rules.retries:
+            expect = [("resolved", key, "its error")]
+        elif job.cancelled:
+            expect = [("dropped", key, None)]
+        else:
+            self.to_retry.append(task)
+        self.say(TaskFaltered(WorkerId(worker.id), task.job, task.index, "its error", job.pace), expect)
 
     @precondition(lambda self: self.holding())
     @rule(data=st.data(), wrong=st.sampled_from(["other index", "other job", "too many", "none"]))
@@ -561,10 +656,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         expect: list[tuple[str, Key, Any]] = []
         if not self.stopped:
             self.come_back(worker, unstarted)
+            self.expected = []
             for task in worker.held:
-                self.attempts[(task.job, task.index)] = self.attempts.get((task.job, task.index), 0) + 1
-                expect.append(("failed", (task.job, task.index), "lost"))
-            expect += self.drops()
+                self.note_attempt(task, "lost", self.jobs[task.job].rules.retry_lost)
+            expect = self.expected + self.drops()
             worker.held.clear()
         del self.workers[worker.id]
         self.gone.append(worker)
@@ -572,6 +667,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.start_failures += 1
             if self.start_failures == MAX_START_FAILURES:
                 expect = self.stop("lost", "lost")
+                self.to_retry.clear()
         self.say(WorkerExited(WorkerId(worker.id), unstarted, "lost"), expect)
 
     @precondition(lambda self: self.gone or self.working("killed"))
@@ -629,12 +725,16 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert all(worker.given < self.max_tasks for worker in self.idle()), "a worker should retire"
         # 5: nothing waits long behind a long task, and the clock is set for when it would.
         overdue = min((worker.since + RECALL_SECONDS for worker in self.loaded()), default=None)
-        if self.over() and self.over_since is None:
-            self.over_since = self.said_at
+        due = min((worker.due for worker in self.workers.values() if self.timed(worker)), default=None)
         if self.over() and self.working("starting"):
             assert self.scheduler.wake_at == self.over_since + START_GRACE_SECONDS
         else:
-            assert self.scheduler.wake_at == (overdue if self.idle() else None)
+            times = [time for time in (overdue if self.idle() else None, due) if time is not None]
+            assert self.scheduler.wake_at == min(times, default=None)
+        # What was cancelled with a kill does not run on; what stands before it in its worker is heard first.
+        for worker in self.working("ready", "settling"):
+            doomed = [self.jobs[task.job].doomed for task in worker.held]
+            assert not doomed or not all(doomed), "a doomed task runs on"
         assert self.scheduler.wake_at is None or self.scheduler.wake_at > self.said_at, "a recall is overdue"
         # 7: the end comes when it can.
         if self.over():
@@ -652,11 +752,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             return  # A step has failed; what would fail here is only a consequence.
         for job in self.unsealed():
             self.seal(job)
-            self.settle_accounts()  # which notes when the pool was over
         if not self.closed:
             self.closed = True
             self.say(PoolClosed())
-            self.settle_accounts()
         for _ in range(MANY):
             if self.ended:
                 break

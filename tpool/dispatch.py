@@ -22,136 +22,18 @@ Invariants (:meth:`Dispatcher.check`):
 
 from __future__ import annotations
 
-import enum
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any
 
-from tpool.errors import ProtocolError
-from tpool.messages import Action, JobId, RecallTasks, RetireWorker, SendTasks, Slot, Task, WorkerId
+from tpool.deadlines import Deadlines
+from tpool.messages import Action, RecallTasks, RetireWorker, SendTasks, Task
+from tpool.roster import AHEAD_SECONDS, MAX_BATCH, Job, SoloJob, Worker, WorkerState
 
-__all__ = ["AHEAD_SECONDS", "MAX_BATCH", "RECALL_SECONDS", "Dispatcher", "Job", "Worker", "WorkerState"]
-
-AHEAD_SECONDS = 2e-3
-"""How much work a worker may hold. More: a message costs less per task. Less: a long task holds back less, and jobs
-take turns faster. A round trip is about 0.1 ms, so with 2 ms the wait for the next message is well hidden."""
-
-MAX_BATCH = 256
-"""The most tasks that a worker may hold where it is sent ahead; they come in two messages. More: no gain, as the
-cost of a message is spread over enough tasks already. Less: that cost shows in tasks of a few microseconds."""
+__all__ = ["AHEAD_SECONDS", "MAX_BATCH", "RECALL_SECONDS", "Dispatcher"]
 
 RECALL_SECONDS = 3e-3
 """How long a worker may sit on unstarted tasks, without a result, while another one is idle. Longer: they wait longer.
 Shorter: tasks that were about to run anyway are moved around, at the price of a few messages."""
-
-LEARNING_RATE = 0.5
-"""The weight of the newest message in a job's mean task time. Higher: one odd message counts for too much. Lower:
-after a slow first task (imports, caches) it takes longer to see that the rest is fast: as it is, ten messages for a
-factor 1000."""
-
-
-class WorkerState(enum.Enum):
-    """Where a worker is on its way; see the drawing in ``scheduler.py``."""
-
-    STARTING = enum.auto()
-    READY = enum.auto()
-    ASKED = enum.auto()
-    SETTLING = enum.auto()
-    RETIRING = enum.auto()
-    KILLED = enum.auto()
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """A job, its queue, and what was learned about its tasks.
-
-    Attributes:
-        id: its name in events and actions.
-        portion: the most tasks in one message; at first the caller's hint.
-        want: how many tasks a worker should hold; with 1, as at first, none are sent ahead.
-        seconds: the mean time of a task, None before the first result.
-        queued: its tasks that no worker holds.
-        unresolved: how many of its tasks are queued or held.
-        sealed: no more tasks will join it.
-        cancelled: nobody waits for it.
-    """
-
-    id: JobId
-    portion: int
-    want: int = 1
-    seconds: float | None = None
-    queued: deque[Task] = field(default_factory=deque)
-    unresolved: int = 0
-    sealed: bool = False
-    cancelled: bool = False
-
-    def learn(self, seconds: float) -> None:
-        """Take the mean task time of one message into account."""
-        known = self.seconds
-        self.seconds = mean = seconds if known is None else known + (seconds - known) * LEARNING_RATE
-        self.want = MAX_BATCH if mean * MAX_BATCH <= AHEAD_SECONDS else max(1, int(AHEAD_SECONDS / mean))
-        # Half of it, so that the next message is on its way while this one is worked on.
-        self.portion = max(1, self.want // 2)
-
-
-@dataclass(slots=True, eq=False)
-class Worker:
-    """A worker and what it holds.
-
-    Attributes:
-        id: its name in events and actions.
-        slot: its place in the pool.
-        state: where it is on its way.
-        held: the tasks it was sent and has not answered, in that order.
-        given: the weight of all the tasks it was sent, less what came back unstarted.
-        last_job: the job of what it was sent last; None before that.
-        recalled: what it holds was all started, as the rest was recalled; until it is sent something.
-        progress_at: when it was last heard of: its last result, or the message that ended its idleness.
-    """
-
-    id: WorkerId
-    slot: Slot
-    state: WorkerState = WorkerState.STARTING
-    held: deque[Task] = field(default_factory=deque)
-    given: int = 0
-    last_job: Job | None = None
-    recalled: bool = False
-    progress_at: float = 0.0
-
-    def pop_last(self, count: int) -> list[Task]:
-        """Take away the last tasks, which it never started, and give them in order."""
-        tasks = [self.held.pop() for _ in range(count)]
-        tasks.reverse()
-        self.given -= sum(task.weight for task in tasks)
-        return tasks
-
-    def match(
-        self, results: list[tuple[JobId, int, Any, float]]
-    ) -> tuple[list[tuple[Task, Any]], list[tuple[JobId, int, float]]]:
-        """Pair results with the tasks at the front of what it holds; nothing is changed.
-
-        Returns:
-            The (task, result) pairs; and for each stretch of results of one job: the job, their number, their seconds.
-        """
-        outcomes: list[tuple[Task, Any]] = []
-        runs: list[tuple[JobId, int, float]] = []
-        current, start, seconds_sum = None, 0, 0.0
-        for task, (job, index, result, seconds) in zip(self.held, results, strict=False):
-            if task.index != index or task.job != job:
-                story = f"answered task {index} of job {job}, but task {task.index} of job {task.job} was next"
-                raise ProtocolError(f"worker {self.id} {story}")
-            if job != current:
-                if current is not None:
-                    runs.append((current, len(outcomes) - start, seconds_sum))
-                current, start, seconds_sum = job, len(outcomes), 0.0
-            seconds_sum += seconds
-            outcomes.append((task, result))
-        if len(outcomes) < len(results) or current is None:
-            story = f"sent {len(results)} results, but it is {self.state.name} and holds {len(self.held)} tasks"
-            raise ProtocolError(f"worker {self.id} {story}")
-        runs.append((current, len(outcomes) - start, seconds_sum))
-        return outcomes, runs
 
 
 class Dispatcher:
@@ -167,12 +49,14 @@ class Dispatcher:
         out: where the actions go that answer the current event, set by the scheduler.
         idle: an ordered set of the workers that hold nothing. Last in, first out: who worked last has the warmest
             caches.
+        deadlines: of the tasks with a time limit.
     """
 
     def __init__(self, max_tasks: int | None) -> None:
         self.now = 0.0
         self.out: list[Action] = []
         self.idle: dict[Worker, None] = {}
+        self.deadlines = Deadlines()
         self._max_tasks = max_tasks
         self._ring: deque[Job] = deque()  # the next to send first
         self._hungry: dict[Worker, None] = {}  # an ordered set: hold little enough to be sent more
@@ -317,6 +201,8 @@ class Dispatcher:
             worker.progress_at = self.now
         worker.held.extend(tasks)
         worker.last_job = job
+        if job.timeout is not None:
+            self.deadlines.begin(worker, tasks[0], self.now + job.timeout)
         worker.recalled = False
         self.out.append(SendTasks(worker.id, tasks))
         self.place(worker)
@@ -344,15 +230,20 @@ class Dispatcher:
         due = since + RECALL_SECONDS
         if self.now < due:
             return due
+        self.ask_back(worker)
+        self._asked = worker
+        return None
+
+    def ask_back(self, worker: Worker) -> None:
+        """Take back what a worker has not started."""
         self.withdraw(worker)
         worker.state = WorkerState.ASKED
-        self._asked = worker
         self.out.append(RecallTasks(worker.id))
-        return None
 
     def take_recalled(self, worker: Worker, count: int) -> list[Task]:
         """Take from a worker what was recalled, and give it."""
-        self._asked = None
+        if worker is self._asked:
+            self._asked = None
         tasks = worker.pop_last(count)
         worker.recalled = True
         worker.state = WorkerState.SETTLING if count else WorkerState.READY
@@ -373,8 +264,11 @@ class Dispatcher:
         assert set(self._hungry) <= {worker for worker in ready if worker.held}
         assert set(self._loaded) == {worker for worker in ready if len(worker.held) > 1 and not worker.recalled}
         assert list(self._loaded.values()) == sorted(self._loaded.values()), "_loaded is out of order"
-        asked = [worker for worker in workers if worker.state is WorkerState.ASKED]
-        assert asked == ([] if self._asked is None else [self._asked])
+        assert self._asked is None or self._asked.state is WorkerState.ASKED
+        solo = [worker for worker in workers if worker.held and isinstance(worker.last_job, SoloJob)]
+        assert all(len(worker.held) == 1 for worker in solo), "something was sent with a task that has a time limit"
+        due = [worker.due for worker in solo if worker.due is not None]
+        assert self.deadlines.next() == min(due, default=None), "a deadline is forgotten"
         assert not self.idle or not self._ring, "a task waits while a worker is idle"
         if self._max_tasks is not None:
             assert all(worker.given < self._max_tasks for worker in self.idle), "a worker is due to retire"

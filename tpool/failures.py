@@ -6,8 +6,8 @@ import signal
 from typing import Any
 
 from tpool.engine import WorkerLoss
-from tpool.errors import PoolTerminatedError, WorkerLostError, WorkerStartError
-from tpool.messages import Task
+from tpool.errors import PoolTerminatedError, TaskTimeoutError, WorkerLostError, WorkerStartError
+from tpool.messages import Task, TimedOut
 from tpool.results import Failure, SharedFailure
 
 _ADVICE = ". Its memory was probably exhausted, or its code crashed; the pool goes on with a new worker"
@@ -15,8 +15,31 @@ _ADVICE = ". Its memory was probably exhausted, or its code crashed; the pool go
 
 def lost(loss: WorkerLoss, task: Task, story: str) -> Failure:
     """The worker that ran the task is gone."""
-    message = f"{_tell(loss)} while it ran task {task.index} of {story}"
+    message = f"{_tell(loss)} while it ran task {task.index} of {story}{_earlier(task)}"
     return Failure(WorkerLostError(message + _ADVICE, loss.pid, loss.exitcode))
+
+
+def timed_out(cause: TimedOut, task: Task, story: str) -> Failure:
+    """The task ran for too long."""
+    message = f"task {task.index} of {story} ran for longer than its timeout of {cause.timeout:g} s{_earlier(task)}"
+    return Failure(TaskTimeoutError(f"{message}. Worker {cause.worker}, which ran it, was killed"))
+
+
+def _earlier(task: Task) -> str:
+    """What became of the attempts before the last one."""
+    if task.attempts < 2:
+        return ""
+    losses = "".join(f"; {why(loss)}" for loss in task.losses[:-1])
+    return f", in attempt {task.attempts}, the last (before that{losses or ' it raised'})".replace("that; ", "that: ")
+
+
+def why(cause: Any) -> str:
+    """Why an attempt was in vain."""
+    if isinstance(cause, WorkerLoss):
+        return _tell(cause)
+    if isinstance(cause, TimedOut):
+        return f"worker {cause.worker} was killed after {cause.timeout:g} s, its timeout"
+    return "it raised an exception that is to be tried again"
 
 
 def terminated(story: str) -> Failure:

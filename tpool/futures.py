@@ -167,13 +167,16 @@ class AsyncResult(Future[T]):
         keep, job = self._keep, self._job
         return not self._complete and keep is not None and job is not None and keep._has_started(job)
 
-    def cancel(self) -> bool:
+    def cancel(self, *, kill: bool = False) -> bool:
         """Give the call up, if it does not run yet. Of a map, give up the whole if any part of it does not run yet.
 
-        Parts of a map that run already run to their end; their values are thrown away.
+        Args:
+            kill: give it up also if it runs: its worker is killed and replaced. What else that worker was sent runs
+                elsewhere. Without this, parts of a map that run already run to their end, and their values are thrown
+                away.
 
         Returns:
-            Whether it is cancelled now; False if it runs or has finished.
+            Whether it is cancelled now; False if it runs (and is not killed) or has finished.
         """
         answers: list[bool] = []
 
@@ -182,15 +185,15 @@ class AsyncResult(Future[T]):
                 answers.append(cancelled)
                 self._condition.notify_all()
 
-        if self._ask_to_cancel(answer):
+        if self._ask_to_cancel(kill, answer):
             with self._condition:
                 while not answers and not self.done():
                     self._condition.wait()
         return self.cancelled()
 
-    def _ask_to_cancel(self, answer: Callable[[bool], None] | None) -> bool:
+    def _ask_to_cancel(self, kill: bool, answer: Callable[[bool], None] | None) -> bool:
         keep, job = self._keep, self._job
-        return not self.done() and keep is not None and job is not None and keep._cancel_job(job, False, answer)
+        return not self.done() and keep is not None and job is not None and keep._cancel_job(job, kill, answer)
 
     def add_done_callback(self, fn: Callable[[Future[T]], object]) -> None:
         """Have ``fn(self)`` called when the call has finished or was cancelled.
@@ -225,7 +228,7 @@ class AsyncResult(Future[T]):
         try:
             await bell
         except asyncio.CancelledError:
-            self._ask_to_cancel(None)
+            self._ask_to_cancel(False, None)
             raise
 
     # Waiting and decoding -------------------------------------------------------------------------------------------

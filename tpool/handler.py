@@ -43,10 +43,13 @@ from tpool.messages import (
     RecallTasks,
     ResolveTasks,
     RetireWorker,
+    RetryTask,
+    Rules,
     SendTasks,
     StartWorker,
     Task,
     TasksSubmitted,
+    TimedOut,
     TimePassed,
     WorkerId,
 )
@@ -100,6 +103,8 @@ class Handler:
         self.error: Failure | SharedFailure | None = None  # why the pool ended by itself
         self.tasks_done = 0
         self.workers_lost = 0
+        self.tasks_retried = 0
+        self.tasks_timed_out = 0
         self._actions: dict[type[Any], Callable[[Any], None]] = {
             StartWorker: self._pass_on,
             SendTasks: self._pass_on,
@@ -108,6 +113,7 @@ class Handler:
             KillWorker: self._pass_on,
             ResolveTasks: self._resolve,
             FailTask: self._fail,
+            RetryTask: self._retry,
             DropTask: self._drop,
             AnswerCancel: self._answer,
             FinishJob: self._finish,
@@ -127,20 +133,22 @@ class Handler:
         self._thread.start()
         self._begun.wait()
 
-    def open_job(self, sink: Sink, mode: int, function: Encoded | None = None, batch: int = 1) -> JobId:
+    def open_job(
+        self, sink: Sink, mode: int, function: Encoded | None = None, batch: int = 1, rules: Rules | None = None
+    ) -> JobId:
         """Make a job known, before its tasks."""
         job = JobId(next(self._job_ids))
         self._sinks[job] = sink
         self.engine.open_job(job, mode, function)
-        self.post(JobOpened(job, batch))
+        self.post(JobOpened(job, batch, rules))
         return job
 
-    def open_single(self, sink: Sink, mode: int, payload: Encoded) -> JobId:
+    def open_single(self, sink: Sink, mode: int, payload: Encoded, rules: Rules | None = None) -> JobId:
         """Make a job of one task known, and submit it; the handler is woken once."""
         job = JobId(next(self._job_ids))
         self._sinks[job] = sink
         self.engine.open_job(job, mode, None)
-        self._post(JobSubmitted(job, [Task(job, 0, payload)]))
+        self._post(JobSubmitted(job, [Task(job, 0, payload)], rules=rules))
         return job
 
     def submit(self, task: Task) -> None:
@@ -172,13 +180,13 @@ class Handler:
         if self._last_words is not None:
             self._abandon_all()
 
-    def cancel_job(self, job: JobId, asker: Callable[[bool], None] | None) -> bool:
-        """Cancel a job; the handler's thread tells ``asker`` whether anything was dropped.
+    def cancel_job(self, job: JobId, kill: bool, asker: Callable[[bool], None] | None) -> bool:
+        """Cancel a job, with what runs of it if ``kill``; this thread tells ``asker`` whether anything was dropped.
 
         Returns:
             Whether the answer can be waited for. A finalizer may call this in the very thread that would give it.
         """
-        self.post(JobCancelled(job, asker))
+        self.post(JobCancelled(job, kill, asker))
         return threading.current_thread() is not self._thread
 
     def has_started(self, job: JobId) -> bool:
@@ -310,6 +318,11 @@ class Handler:
             failure = failures.lost(cause, task, sink.story)
             logger.warning("%s", failure.take())
             return failure
+        if isinstance(cause, TimedOut):
+            self.tasks_timed_out += 1
+            failure = failures.timed_out(cause, task, sink.story)
+            logger.warning("%s", failure.take())
+            return failure
         if cause is None:
             return failures.terminated(sink.story)
         return self._failure_to_start(cause)
@@ -319,6 +332,14 @@ class Handler:
         if self.error is None:
             self.error = failures.start_failed(cause)
         return self.error
+
+    def _retry(self, action: RetryTask) -> None:
+        task, cause = action.task, action.cause
+        self.tasks_retried += 1
+        self.workers_lost += isinstance(cause, WorkerLoss)
+        self.tasks_timed_out += isinstance(cause, TimedOut)
+        story = self._sinks[task.job].story
+        logger.warning("task %d of %s is tried again: %s", task.index, story, failures.why(cause))
 
     def _drop(self, action: DropTask) -> None:
         sink = self._sinks.get(action.task.job)

@@ -12,8 +12,9 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from tpool.dispatch import Dispatcher, Job
-from tpool.messages import DropTask, FailTask, FinishJob, JobId, Task
+from tpool.dispatch import Dispatcher
+from tpool.messages import DropTask, FailTask, FinishJob, JobId, RetryTask, Rules, Task
+from tpool.roster import Job, SoloJob
 
 __all__ = ["JobBook"]
 
@@ -42,11 +43,17 @@ class JobBook:
         """The job, or None if it was finished or never opened. A single look, so any thread may ask."""
         return self._jobs.get(job_id)
 
-    def open(self, job_id: JobId, batch: int) -> None:
+    def open(self, job_id: JobId, batch: int, rules: Rules | None) -> None:
         """Begin a job."""
         if job_id in self._jobs:
             raise AssertionError(f"job {job_id} was opened twice")
-        self._jobs[job_id] = Job(job_id, portion=batch)
+        if rules is None:
+            job = Job(job_id, portion=batch)
+        elif rules.timeout is None:
+            job = Job(job_id, portion=batch, rules=rules)
+        else:
+            job = SoloJob(job_id, portion=1, rules=rules, timeout=rules.timeout)
+        self._jobs[job_id] = job
 
     def add(self, job_id: JobId, tasks: list[Task]) -> None:
         """Queue new tasks, or drop them if nobody waits for them any more."""
@@ -107,6 +114,30 @@ class JobBook:
                 self.drop(returned)
             else:
                 self._dispatcher.put_back(job, returned)
+
+    def fail(self, task: Task, cause: Any, again: bool) -> None:
+        """A task was begun in vain, and its worker is gone.
+
+        Args:
+            task: which.
+            cause: why.
+            again: whether its rules have it tried again after this.
+        """
+        task.losses = (*task.losses, cause)
+        if not self.try_again(task, cause, again):
+            self._dispatcher.out.append(FailTask(task, cause))
+            self.leave_unresolved([task])
+
+    def try_again(self, task: Task, cause: Any, again: bool = True) -> bool:
+        """Note an attempt in vain, and put the task back if it has another; returns whether it has."""
+        task.attempts += 1
+        job = self._jobs[task.job]
+        if not again or task.attempts > job.rules.retries:
+            return False
+        if not job.cancelled:
+            self._dispatcher.out.append(RetryTask(task, cause))
+        self.put_back([task])
+        return True
 
     def leave_unresolved(self, tasks: Iterable[Task]) -> None:
         """Tasks that have their outcomes, said by whoever calls."""

@@ -26,7 +26,8 @@ class Task:
         index: its place in the job, from 0.
         payload: what the engine sends; the scheduler never looks into it.
         weight: how many calls of the user's function it stands for (counts towards ``max_tasks``).
-        attempts: how many workers were lost while they ran it.
+        attempts: how often it was begun in vain: its worker was lost or killed, or it raised what is tried again.
+        losses: the causes of the attempts that have one, in order.
     """
 
     job: JobId
@@ -34,6 +35,32 @@ class Task:
     payload: Any
     weight: int = 1
     attempts: int = 0
+    losses: tuple[Any, ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Rules:
+    """What a caller asked for each task of a job.
+
+    Attributes:
+        timeout: how many seconds it may run; None for any time.
+        retries: how often it is tried again.
+        retry_lost: whether after the loss of its worker.
+        retry_timed_out: whether after it ran for too long.
+    """
+
+    timeout: float | None = None
+    retries: int = 0
+    retry_lost: bool = False
+    retry_timed_out: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class TimedOut:
+    """The cause of FailTask where a task ran for longer than ``timeout`` seconds; its worker is killed."""
+
+    worker: WorkerId
+    timeout: float
 
 
 # Events -----------------------------------------------------------------------------------------------------------
@@ -41,10 +68,17 @@ class Task:
 
 @dataclass(slots=True, eq=False)
 class JobOpened:
-    """A caller made a job; its tasks follow. ``batch`` is the caller's hint of how many may travel together."""
+    """A caller made a job; its tasks follow.
+
+    Attributes:
+        job: its name from now on.
+        batch: the caller's hint of how many may travel together.
+        rules: what the caller asked for its tasks; None for nothing.
+    """
 
     job: JobId
     batch: int = 1
+    rules: Rules | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -54,6 +88,7 @@ class JobSubmitted:
     job: JobId
     tasks: list[Task]
     batch: int = 1
+    rules: Rules | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -77,10 +112,12 @@ class JobCancelled:
 
     Attributes:
         job: which.
+        kill: running tasks are dropped, too, and their workers killed.
         asker: whoever waits to hear what came of it, passed on with AnswerCancel; None if nobody does.
     """
 
     job: JobId
+    kill: bool = False
     asker: Any = None
 
 
@@ -105,6 +142,20 @@ class TasksFinished:
 
     worker: WorkerId
     results: list[tuple[JobId, int, Any, float]]
+
+
+@dataclass(slots=True, eq=False)
+class TaskFaltered:
+    """A worker answered the first task it holds with an exception that is tried again, if its job allows one more.
+
+    ``result`` is the task's outcome if not.
+    """
+
+    worker: WorkerId
+    job: JobId
+    index: int
+    result: Any
+    seconds: float
 
 
 @dataclass(slots=True, eq=False)
@@ -167,6 +218,7 @@ Event = (
     | WorkerBecameReady
     | InitializerFailed
     | TasksFinished
+    | TaskFaltered
     | TasksRecalled
     | RecallSettled
     | WorkerExited
@@ -225,7 +277,18 @@ class ResolveTasks:
 
 @dataclass(slots=True, eq=False)
 class FailTask:
-    """This task will have no result, for this cause (of WorkerExited, PoolTerminated, or InitializerFailed)."""
+    """This task will have no result: the cause of WorkerExited, PoolTerminated or InitializerFailed, or TimedOut."""
+
+    task: Task
+    cause: Any
+
+
+@dataclass(slots=True, eq=False)
+class RetryTask:
+    """This task went back to its place in the queue after an attempt in vain; for the record.
+
+    ``cause`` is that of WorkerExited, TimedOut, or None for an exception of its own.
+    """
 
     task: Task
     cause: Any
@@ -233,7 +296,7 @@ class FailTask:
 
 @dataclass(slots=True, eq=False)
 class DropTask:
-    """Nobody waits for this task any more (its job was cancelled) and it will not start."""
+    """Nobody waits for this task any more: its job was cancelled. It will not start, or dies with its worker."""
 
     task: Task
 
@@ -268,6 +331,7 @@ Action = (
     | KillWorker
     | ResolveTasks
     | FailTask
+    | RetryTask
     | DropTask
     | AnswerCancel
     | FinishJob

@@ -7,7 +7,7 @@ Pool.apply, map, imap ─► Opener ─┬─ encode ─► engine
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from tpool.engine import Engine
@@ -15,6 +15,8 @@ from tpool.feeder import Feeder
 from tpool.futures import AsyncResult
 from tpool.gate import Gate
 from tpool.handler import Handler
+from tpool.limits import Limits
+from tpool.local.faltering import Faltering
 from tpool.local.wire import Mode
 from tpool.map_result import MapResult
 from tpool.messages import JobCancelled, JobId, JobSealed, Task
@@ -54,34 +56,40 @@ class Opener:
         self._stream_nbytes = stream_nbytes
 
     def open_single(
-        self, result: AsyncResult[Any], func: Callable[..., Any], args: tuple[Any, ...], kwds: Mapping[str, Any]
+        self,
+        result: AsyncResult[Any],
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwds: Mapping[str, Any],
+        limits: Limits,
     ) -> None:
         """Make a job of one call."""
         try:
-            payload = self._engine.encode_call(func, args, dict(kwds))
+            payload = self._engine.encode_call(_guarded(func, limits), args, dict(kwds))
         except Exception as error:  # as in the standard library: the result says so, not this call
             result.resolve(0, Failure(error))
             return
         with self._gate.lock:
             self._gate.check_running()
-            result._job = self._handler.open_single(result, Mode.APPLY, payload)
+            result._job = self._handler.open_single(result, Mode.APPLY, payload, limits.rules)
 
     def open_map(
         self,
         result: MapResult[Any],
         mode: Mode,
         func: Callable[..., Any],
-        items: list[Any] | tuple[Any, ...],
+        items: Sequence[Any],
         size: int,
+        limits: Limits,
     ) -> None:
         """Make a job of a map, ``size`` items to a task."""
         try:
-            function = self._engine.encode(func)
+            function = self._engine.encode(_guarded(func, limits))
         except Exception as error:
             result.resolve(0, Failure(error))
             result.expect(1)
             return
-        result._job = job = self._open(result, mode, function)
+        result._job = job = self._open(result, mode, function, 1, limits)
         try:
             self._submit_chunks(job, result, items, size)
         except BaseException:
@@ -119,15 +127,16 @@ class Opener:
         iterable: Iterable[Any],
         chunksize: int,
         buffersize: int | None,
+        limits: Limits,
     ) -> None:
         """Make a job of an ``imap``, and start its feeder."""
         try:
-            function = self._engine.encode(func)
+            function = self._engine.encode(_guarded(func, limits))
         except Exception as error:
             stream.resolve(0, Failure(error))
             stream.set_length(1)
             return
-        job = self._open(stream, Mode.CALL, function, chunksize)
+        job = self._open(stream, Mode.CALL, function, chunksize, limits)
         weakref.finalize(iterator, _abandon, stream, self._handler, job).atexit = False
         window = None if buffersize is None else max(buffersize, chunksize)
         if chunksize > 1 and window is None:
@@ -135,14 +144,19 @@ class Opener:
         feeder = Feeder(self._handler, job, stream, iterable, self._processes)
         feeder.start(chunksize, window, self._stream_nbytes)
 
-    def _open(self, sink: Sink, mode: Mode, function: Any, batch: int = 1) -> JobId:
+    def _open(self, sink: Sink, mode: Mode, function: Any, batch: int, limits: Limits) -> JobId:
         with self._gate.lock:
             self._gate.check_running()
-            return self._handler.open_job(sink, mode, function, batch)
+            return self._handler.open_job(sink, mode, function, batch, limits.rules)
 
     def cancel(self, job: JobId) -> None:
         """Nobody can ask for the rest of a job any more."""
         self._handler.post(JobCancelled(job))
+
+
+def _guarded(func: Callable[..., Any], limits: Limits) -> Callable[..., Any]:
+    """The function as it is sent: one that tells exceptions to be tried again from others, if there are any."""
+    return Faltering(func, limits.caught) if limits.caught else func
 
 
 def _abandon(stream: Stream, handler: Handler, job: JobId) -> None:

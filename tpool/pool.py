@@ -7,6 +7,7 @@ A pool is used from any thread of the process that made it, and of no other.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import multiprocessing
 import os
@@ -16,10 +17,12 @@ from multiprocessing.context import BaseContext
 from typing import Any, ParamSpec, TypeVar
 
 from tpool import options
+from tpool.errors import WorkerLostError
 from tpool.executor import PoolExecutor
 from tpool.futures import AsyncResult
 from tpool.gate import Gate
 from tpool.handler import Handler
+from tpool.limits import POOL, Limits, PoolDefault, RetryOn
 from tpool.local.engine import LocalEngine
 from tpool.local.setup import Settings, check_platform, refuse_fork_after_cuda
 from tpool.maps import MapCalls
@@ -56,8 +59,19 @@ class Pool(MapCalls):
         memory: the most shared memory the pool may use at a time, in bytes or as text such as ``"2GB"``; None for
             three quarters of what this machine or container has.
         sharing: ``"share"``: sender and receiver share a tensor's memory, as in torch.
+        timeout: how many seconds a task may run, the reading of its arguments included; None for any time. When it is
+            over the worker is killed and replaced, and that task raises ``TaskTimeoutError``; no other is touched. A
+            task is a call, or a chunk of calls where a ``chunksize`` is given to ``map``. Tasks with a time limit
+            travel one by one, which costs throughput where they run for microseconds.
+        retries: how often a task is tried again before its failure is told. What an attempt wrote into shared tensors
+            stays written.
+        retry_on: after which exceptions it is tried again, a class or several: ``WorkerLostError`` (the default),
+            ``TaskTimeoutError``, or what the task raises.
+
+    The last three can be given to each call, too, which then go before these.
 
     Raises:
+        TypeError: an argument is of the wrong kind.
         ValueError: an argument is out of range.
         PlatformError: this system cannot run tpool.
     """
@@ -73,8 +87,12 @@ class Pool(MapCalls):
         preload: Iterable[str] = (),
         memory: int | str | None = None,
         sharing: str = "share",
+        timeout: float | None = None,
+        retries: int = 0,
+        retry_on: RetryOn = WorkerLostError,
     ) -> None:
         check_platform()
+        self._limits = Limits(timeout, retries, retry_on)
         max_tasks = options.check_max_tasks(maxtasksperchild)
         settings = Settings(
             processes=options.check_processes(processes),
@@ -113,14 +131,24 @@ class Pool(MapCalls):
 
     # One call -------------------------------------------------------------------------------------------------------
 
-    def apply(self, func: Callable[..., T], args: Iterable[Any] = (), kwds: Mapping[str, Any] | None = None) -> T:
-        """Call ``func(*args, **kwds)`` in a worker and wait for what it returns.
+    def apply(
+        self,
+        func: Callable[..., T],
+        args: Iterable[Any] = (),
+        kwds: Mapping[str, Any] | None = None,
+        *,
+        timeout: float | PoolDefault | None = POOL,
+        retries: int | PoolDefault = POOL,
+        retry_on: RetryOn | PoolDefault = POOL,
+    ) -> T:
+        """Call ``func(*args, **kwds)`` in a worker and wait for what it returns; see ``apply_async``.
 
         Raises:
             Exception: what the call raised, with the remote traceback as its cause.
             WorkerLostError: the worker died while it ran this call.
+            TaskTimeoutError: the call ran for longer than ``timeout``.
         """
-        return self.apply_async(func, args, kwds).get()
+        return self.apply_async(func, args, kwds, timeout=timeout, retries=retries, retry_on=retry_on).get()
 
     def apply_async(
         self,
@@ -129,6 +157,10 @@ class Pool(MapCalls):
         kwds: Mapping[str, Any] | None = None,
         callback: Callable[[T], object] | None = None,
         error_callback: Callable[[BaseException], object] | None = None,
+        *,
+        timeout: float | PoolDefault | None = POOL,
+        retries: int | PoolDefault = POOL,
+        retry_on: RetryOn | PoolDefault = POOL,
     ) -> AsyncResult[T]:
         """Call ``func(*args, **kwds)`` in a worker; returns at once.
 
@@ -138,14 +170,18 @@ class Pool(MapCalls):
             kwds: its keyword arguments.
             callback: called with the value, in the pool's callback thread, before ``get`` returns.
             error_callback: called with the exception instead, if the call fails.
+            timeout: how many seconds a task may run, until its worker is killed; see ``Pool``.
+            retries: how often a task is tried again; see ``Pool``.
+            retry_on: after which exceptions.
 
         Raises:
             PoolEndedError: the pool takes no more work.
         """
         self._gate.check_running()
+        limits = self._limits.override(timeout, retries, retry_on)
         story = f"apply({options.describe(func)})"
         result: AsyncResult[T] = AsyncResult(self, story, self._callbacks, callback, error_callback)
-        self._opener.open_single(result, func, tuple(args), kwds or {})
+        self._opener.open_single(result, func, tuple(args), kwds or {}, limits)
         return result
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> AsyncResult[T]:
@@ -162,18 +198,36 @@ class Pool(MapCalls):
         Raises:
             PoolEndedError: the pool takes no more work.
         """
-        return self.apply_async(fn, args, kwargs)
+        return self._submit(self._limits, fn, *args, **kwargs)
 
-    def executor(self) -> PoolExecutor:
+    def executor(
+        self,
+        *,
+        timeout: float | PoolDefault | None = POOL,
+        retries: int | PoolDefault = POOL,
+        retry_on: RetryOn | PoolDefault = POOL,
+    ) -> PoolExecutor:
         """A view of this pool as a ``concurrent.futures.Executor``, for ``loop.run_in_executor`` and libraries.
 
-        Shutting it down does not end the pool.
+        Shutting it down waits for its calls and does not end the pool.
+
+        Args:
+            timeout: how many seconds each of its calls may run; see ``Pool``.
+            retries: how often each is tried again; see ``Pool``.
+            retry_on: after which exceptions.
         """
         self._gate.check_running()
-        return PoolExecutor(self.submit)
+        limits = self._limits.override(timeout, retries, retry_on)
+        return PoolExecutor(functools.partial(self._submit, limits))
+
+    def _submit(self, limits: Limits, fn: Callable[..., T], *args: Any, **kwargs: Any) -> AsyncResult[T]:
+        self._gate.check_running()
+        result: AsyncResult[T] = AsyncResult(self, f"apply({options.describe(fn)})", self._callbacks)
+        self._opener.open_single(result, fn, args, kwargs, limits)
+        return result
 
     def _cancel_job(self, job: JobId, kill: bool, answer: Callable[[bool], None] | None) -> bool:
-        return self._handler.cancel_job(job, answer)
+        return self._handler.cancel_job(job, kill, answer)
 
     def _has_started(self, job: JobId) -> bool:
         return self._handler.has_started(job)
@@ -225,4 +279,11 @@ class Pool(MapCalls):
     def stats(self) -> PoolStats:
         """What the pool has done so far; from any thread."""
         handler, traffic = self._handler, self._engine.traffic
-        return PoolStats(handler.tasks_done, handler.workers_lost, traffic.moved_nbytes, traffic.piped_nbytes)
+        return PoolStats(
+            handler.tasks_done,
+            handler.workers_lost,
+            traffic.moved_nbytes,
+            traffic.piped_nbytes,
+            handler.tasks_retried,
+            handler.tasks_timed_out,
+        )

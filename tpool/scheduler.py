@@ -32,9 +32,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from tpool.dispatch import Dispatcher, Worker, WorkerState
+from tpool.dispatch import Dispatcher
 from tpool.errors import ProtocolError
 from tpool.jobs import JobBook
+from tpool.killing import Killer
 from tpool.messages import (
     Action,
     AnswerCancel,
@@ -47,13 +48,13 @@ from tpool.messages import (
     JobOpened,
     JobSealed,
     JobSubmitted,
-    KillWorker,
     PoolClosed,
     PoolTerminated,
     RecallSettled,
     ResolveTasks,
     Slot,
     StartWorker,
+    TaskFaltered,
     TasksFinished,
     TasksRecalled,
     TasksSubmitted,
@@ -62,6 +63,7 @@ from tpool.messages import (
     WorkerExited,
     WorkerId,
 )
+from tpool.roster import Worker, WorkerState
 
 __all__ = ["MAX_START_FAILURES", "START_GRACE_SECONDS", "Scheduler"]
 
@@ -96,6 +98,7 @@ class Scheduler:
         self._next_worker = 0
         self._start_failures = 0  # in a row
         self._book = JobBook(self._dispatcher)
+        self._killer = Killer(self._dispatcher, self._book)
         self._closed = False
         self._stopped = False  # by PoolTerminated or an error; the next two tell why
         self._cause: Any = None
@@ -131,10 +134,15 @@ class Scheduler:
         self._out = dispatcher.out = out
         dispatcher.now = now
         self._HANDLERS[type(event)](self, event)
+        if dispatcher.deadlines.pending:
+            self._killer.expire()
         dispatcher.dispatch(len(self._workers))
         if self._is_over():
             self._wind_up()
         self.wake_at = self._grace_ends if self._awaits_start else dispatcher.recall()
+        if dispatcher.deadlines.pending:
+            due = dispatcher.deadlines.next()
+            self.wake_at = due if self.wake_at is None or (due is not None and due < self.wake_at) else self.wake_at
         return out
 
     # Jobs ---------------------------------------------------------------------------------------------------------
@@ -142,7 +150,7 @@ class Scheduler:
     def _job_opened(self, event: JobOpened | JobSubmitted) -> None:
         if self._closed and not self._stopped:
             raise AssertionError(f"job {event.job} was opened after the pool was closed")
-        self._book.open(event.job, event.batch if isinstance(event, JobOpened) else 1)
+        self._book.open(event.job, event.batch, event.rules)
 
     def _job_submitted(self, event: JobSubmitted) -> None:
         self._job_opened(event)
@@ -162,6 +170,8 @@ class Scheduler:
         job = self._book.get(event.job)
         # Legal, if None: it was finished while the caller made up their mind.
         dropped = job is not None and self._book.cancel(job)
+        if job is not None and event.kill:
+            dropped = self._killer.doom(job, self._workers.values()) or dropped
         if event.asker is not None:
             self._out.append(AnswerCancel(event.asker, dropped))
 
@@ -221,6 +231,21 @@ class Scheduler:
             if job.sealed and not job.unresolved:
                 self._book.finish_if_over(job)
         self._dispatcher.note_progress(worker)
+        if worker in self._killer.condemned:
+            self._killer.judge(worker)
+
+    def _task_faltered(self, event: TaskFaltered) -> None:
+        worker = self._worker(event.worker, "sent a result")
+        if worker.state is WorkerState.KILLED:
+            return  # Legal: its tasks have failed already.
+        outcomes, _ = worker.match([(event.job, event.index, event.result, event.seconds)])
+        task = worker.held.popleft()
+        if not self._book.try_again(task, None):
+            self._out.append(ResolveTasks(outcomes))
+            self._book.leave_unresolved([task])
+        self._dispatcher.note_progress(worker)
+        if worker in self._killer.condemned:
+            self._killer.judge(worker)
 
     def _tasks_recalled(self, event: TasksRecalled) -> None:
         worker = self._workers.get(event.worker)
@@ -230,6 +255,8 @@ class Scheduler:
             story = f"{event.count} tasks were recalled, but it is {worker.state.name} and holds {len(worker.held)}"
             raise ProtocolError(f"worker {worker.id}: {story}")
         self._book.put_back(self._dispatcher.take_recalled(worker, event.count))
+        if worker in self._killer.condemned:
+            self._killer.judge(worker)
 
     def _recall_settled(self, event: RecallSettled) -> None:
         worker = self._workers.get(event.worker)
@@ -248,12 +275,13 @@ class Scheduler:
                 story = f"exited with {event.unstarted} unstarted tasks, but it held {len(held)}"
                 raise ProtocolError(f"worker {worker.id} {story}")
             unstarted = worker.pop_last(event.unstarted)
-            for task in held:
-                task.attempts += 1
-                self._out.append(FailTask(task, event.cause))
-            self._book.leave_unresolved(held)
+            lost = list(held)
+            held.clear()  # The clock of a task with a time limit stands still.
+            for task in lost:
+                self._book.fail(task, event.cause, self._book[task.job].rules.retry_lost)
             self._book.put_back(unstarted)
         del self._workers[worker.id]
+        self._killer.condemned.pop(worker, None)
         self._dispatcher.withdraw(worker)
         if worker.state is WorkerState.STARTING:
             self._start_failures += 1
@@ -280,14 +308,8 @@ class Scheduler:
         for worker in self._workers.values():
             self._out.extend(FailTask(task, cause) for task in worker.held)
             worker.held.clear()
-            self._kill(worker)
+            self._killer.kill(worker)
         self._book.fail_all(cause)
-
-    def _kill(self, worker: Worker) -> None:
-        if worker.state is not WorkerState.KILLED:
-            self._dispatcher.withdraw(worker)
-            worker.state = WorkerState.KILLED
-            self._out.append(KillWorker(worker.id))
 
     def _is_over(self) -> bool:
         return self._stopped or (self._closed and not self._book)
@@ -304,7 +326,7 @@ class Scheduler:
         else:
             self._awaits_start = False
             for worker in starting:
-                self._kill(worker)
+                self._killer.kill(worker)
         if not self._workers and not self._ended:
             self._ended = True
             self._out.append(EndPool(self._error))
@@ -318,6 +340,7 @@ class Scheduler:
         WorkerBecameReady: _worker_became_ready,
         InitializerFailed: _initializer_failed,
         TasksFinished: _tasks_finished,
+        TaskFaltered: _task_faltered,
         TasksRecalled: _tasks_recalled,
         RecallSettled: _recall_settled,
         WorkerExited: _worker_exited,

@@ -26,6 +26,7 @@ from tpool.messages import (
     JobId,
     RecallSettled,
     Task,
+    TaskFaltered,
     TasksFinished,
     WorkerBecameReady,
     WorkerId,
@@ -314,6 +315,13 @@ class Member:
             self.starving = True
         elif kind == Kind.BELL:
             pass  # whoever reads this looks into the outbox next
+        elif kind == Kind.FALTERED:
+            results: Results = []
+            self._add_result(frame, results)
+            job, index, result, seconds = results.pop()
+            if results:
+                events.append(TasksFinished(self.id, results))
+            events.append(TaskFaltered(self.id, job, index, result, seconds))
         elif kind == Kind.ARENA:
             self._memory.attach(wire.unpack_id(frame.body), frame.fds)
         elif kind == Kind.INITIALIZER_FAILED:

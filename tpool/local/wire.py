@@ -49,6 +49,7 @@ class Kind(IntEnum):
     SETTLED = 23
     STARVING = 24
     BELL = 25
+    FALTERED = 27
 
 
 class Mode(IntEnum):

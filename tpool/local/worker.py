@@ -32,6 +32,7 @@ from tpool.errors import DecodeError, MaybeEncodingError, ProtocolError, TpoolEr
 from tpool.local import identity, wire
 from tpool.local.calls import JobCalls, apply_call
 from tpool.local.channel import Channel, Frame
+from tpool.local.faltering import Faltered
 from tpool.local.outbox import Outboxes
 from tpool.local.story import format_remote, safe_repr
 from tpool.local.wire import Kind, Mode, Status
@@ -257,10 +258,13 @@ class Worker:
         job, index, received = self._tasks.popleft()
         started = perf_counter()
         tb = ""
+        kind = Kind.RESULT
         try:
             payload = self._encode_value(self._call(job, received))
             status = _VALUE
         except BaseException as error:
+            if type(error) is Faltered:
+                error, kind = error.error, Kind.FALTERED
             if isinstance(error, DecodeError) and error.__cause__ is None:
                 error.__cause__ = self._group_error
             payload, tb = self._encode_error(error)
@@ -274,7 +278,7 @@ class Worker:
         text = tb.encode(errors="backslashreplace")
         head = wire.RESULT.pack(job, index, seconds, status, len(text), self._outbox.entries)
         self._outbox.replies = self._outbox.replies + 1 & 0xFFFFFFFF
-        self._reply(Kind.RESULT, head + text, payload)
+        self._reply(kind, head + text, payload)
 
     def _leave(self, job: int, index: int, seconds: float, stream: bytes) -> bool:
         """Leave a result in the outbox, as more tasks wait; False where it has to go by socket."""
