@@ -48,7 +48,7 @@ def expected_descriptors() -> set[int]:
 
 
 def _zygote_traces() -> tuple[set[int], set[int]]:
-    traces = _attribute("tpool.local.launch", "zygote_traces")
+    traces = _attribute("tpool.local.shared_zygote", "zygote_traces")
     return traces() if traces is not None else (set(), set())
 
 

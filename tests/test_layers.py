@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "tpool"
 
 # From the ground up. Modules of one row may not import each other.
 ROWS = [
-    ["tpool.errors", "tpool.local.deathwatch"],
+    ["tpool.errors", "tpool.local.deathwatch", "tpool.local.interpreter"],
     ["tpool.messages"],
     ["tpool.deadlines", "tpool.limits", "tpool.roster"],
     ["tpool.dispatch"],
@@ -53,6 +53,7 @@ ROWS = [
     ["tpool.local.worker"],
     ["tpool.local.process"],
     ["tpool.local.zygote"],
+    ["tpool.local.shared_zygote"],
     ["tpool.local.launch"],
     ["tpool.local.setup"],
     ["tpool.engine"],

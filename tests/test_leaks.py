@@ -20,7 +20,7 @@ from leaks import Snapshot, expected_descriptors, expected_processes, find_leaks
 from support import process_info, wait_until
 
 from tpool import Pool
-from tpool.local.launch import zygote_traces
+from tpool.local.shared_zygote import zygote_traces
 
 pytest_plugins = ["pytester"]
 

@@ -557,8 +557,8 @@ def test_round_trips_grow_nobodys_memory():
         worker = pool.apply(os.getpid)
 
         def go(rounds):
-            for _ in range(rounds):
-                pool.apply(tasks.double, (torch.ones(250_000),))
+            for _ in pool.imap(tasks.double, (torch.ones(250_000) for _ in range(rounds))):
+                pass
 
         go(200)
         before = resident_nbytes(worker), resident_nbytes(os.getpid())

@@ -30,7 +30,7 @@ from tpool.local import wire
 from tpool.local.channel import Channel, channel_pair
 from tpool.local.hunger import STARVING_SECONDS, Hunger
 from tpool.local.launch import Launched, Launcher, LaunchEvent, LaunchFailed, Reaped
-from tpool.local.member import Jobs, Member, Traffic
+from tpool.local.member import Crew, Member
 from tpool.local.poller import Poller
 from tpool.local.setup import PoolMemory, Settings, make_launcher
 from tpool.local.wire import Kind
@@ -64,14 +64,14 @@ class LocalEngine:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self.traffic = Traffic()
+        self._crew = Crew()
+        self.traffic = self._crew.traffic
         self._hunger = Hunger(self.wake)
         self._hungry = False  # somebody waits for memory: idle memory of ours is to be found and given up
         self.may_give_back: Callable[[], bool] = lambda: False
         self.awaits_earlier: Callable[[], bool] = lambda: False
         self._memory = PoolMemory(settings, self._hunger.wait)
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._jobs: Jobs = {}
         self._initializer: Payload | None = None
         try:
             if settings.method != "fork":
@@ -122,7 +122,7 @@ class LocalEngine:
     def open_job(self, job: JobId, mode: int, function: Payload | bytes | None) -> None:
         """See Engine."""
         if function is not None:
-            self._jobs[job] = (mode, function)
+            self._crew.jobs[job] = (mode, function)
 
     def wake(self) -> None:
         """See Engine."""
@@ -135,7 +135,7 @@ class LocalEngine:
 
     def forget_job(self, job: JobId) -> None:
         """See Engine."""
-        if self._jobs.pop(job, None) is not None:
+        if self._crew.jobs.pop(job, None) is not None:
             for member in self._members.values():
                 member.forget_job(job)
 
@@ -176,7 +176,7 @@ class LocalEngine:
         ours, theirs = channel_pair()
         claims_fd = os.eventfd(0, os.EFD_SEMAPHORE | os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         slot = int(action.slot)
-        member = Member(action.worker, slot, Channel(ours), claims_fd, self._memory, self._jobs, self.traffic)
+        member = Member(action.worker, slot, Channel(ours), claims_fd, self._memory, self._crew)
         self._members[action.worker] = member
         self._launched += 1
         hello, fds = self._memory.hello(slot, self._launched)
@@ -201,7 +201,7 @@ class LocalEngine:
             if not ready:
                 self._tidy_up()
         if not ready and timeout != 0:
-            self._hungry = self._hunger.check(self._members.values(), self, self._flush)
+            self._hungry = self._hunger.check(self._members.values(), self._crew.starving, self, self._flush)
             if self._hungry:
                 timeout = STARVING_SECONDS if timeout is None else min(timeout, STARVING_SECONDS)
             if self._unreaped:
@@ -231,7 +231,7 @@ class LocalEngine:
         member.give_up(f"sent something that is no message of ours ({error})")
 
     def _has_news(self) -> bool:
-        return self._memory.table.may_collect or any(member.has_news for member in self._members.values())
+        return bool(self._memory.table.may_collect or self._memory.owing or self._crew.forgetful)
 
     def _tidy_up(self) -> None:
         """Before this thread blocks: give back what died, so that nobody waits for it."""
@@ -367,7 +367,7 @@ class LocalEngine:
         wake_fd, self._wake_fd = self._wake_fd, -1
         os.close(wake_fd)
         # The caller's objects go now, not when the collector finds our cycles.
-        self._jobs.clear()
+        self._crew.jobs.clear()
         self._initializer = None
         self._settings.initializer, self._settings.initargs = None, ()
         self._memory.close()

@@ -84,13 +84,18 @@ class Hunger:
             with self._news:
                 self._news.notify_all()
 
-    def check(self, members: Collection[Member], consumers: Consumers, flush: Callable[[Member], None]) -> bool:
+    def check(
+        self,
+        members: Collection[Member],
+        starving: dict[Member, None],
+        consumers: Consumers,
+        flush: Callable[[Member], None],
+    ) -> bool:
         """Before the handler blocks: give up on somebody where there is no hope.
 
         Returns:
             Whether anybody waits, so that the handler should look again soon.
         """
-        starving = [member for member in members if member.starving]
         if not (starving or self._impatient or self._patient):
             self._hopeless_since = None
             return False
@@ -105,23 +110,23 @@ class Hunger:
                     member.put_trim()
                     flush(member)
         else:
-            self._decide(monotonic() - self._hopeless_since, starving, consumers, flush)
+            self._decide(monotonic() - self._hopeless_since, next(iter(starving), None), consumers, flush)
         return True
 
     def _decide(
-        self, seconds: float, starving: list[Member], consumers: Consumers, flush: Callable[[Member], None]
+        self, seconds: float, starving: Member | None, consumers: Consumers, flush: Callable[[Member], None]
     ) -> None:
         """There has been no hope for so long."""
         if starving and seconds > GRANT_SECONDS and consumers.awaits_earlier():
-            starving[0].put_grant()
-            flush(starving[0])
+            starving.put_grant()
+            flush(starving)
         elif seconds > HOPELESS_SECONDS:
             if self._impatient:
                 with self._news:
                     self._verdicts = 1
             elif starving:
-                starving[0].put_hopeless()
-                flush(starving[0])
+                starving.put_hopeless()
+                flush(starving)
         else:
             return
         self._hopeless_since = None

@@ -8,21 +8,18 @@ its parent when the *thread* that forked it ends, and the handler thread lives a
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import pickle
 import socket
-import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import spawn
-from typing import Any, NoReturn, Protocol
+from typing import NoReturn, Protocol
 
 from tpool.local import zygote
 from tpool.local.channel import Channel
+from tpool.local.interpreter import CHILD_FD, spawn_interpreter
 from tpool.local.process import Inheritance, worker_main
+from tpool.local.shared_zygote import shared_zygote
 
 
 @dataclass(slots=True)
@@ -72,105 +69,7 @@ class Launcher(Protocol):
         """Let go of everything; all processes have been reaped."""
 
 
-# Zygote -----------------------------------------------------------------------------------------------------------
-
-
-class SharedZygote:
-    """The zygote of this process, started at need and started again when it has gone.
-
-    May be used from any thread; a lock guards the hand-over of connections.
-    """
-
-    def __init__(self, preload: tuple[str, ...]) -> None:
-        self._preload = preload
-        self._lock = threading.Lock()
-        self._control: Channel | None = None
-        self.pid: int | None = None
-
-    def connect(self) -> socket.socket:
-        """A new connection to a living zygote."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with self._lock, theirs:
-            if not self._alive():
-                self._start()
-            assert self._control is not None
-            self._control.put(zygote.CONNECT, b"", (theirs.fileno(),))
-            # A zygote that exits at this moment is noticed by the end of file on ``ours``.
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                self._control.flush()
-        return ours
-
-    def trace(self) -> tuple[int, int] | None:
-        """(process id, descriptor of the control socket) while it lives."""
-        with self._lock:
-            if not self._alive():
-                return None
-            assert self.pid is not None
-            assert self._control is not None
-            return self.pid, self._control.fileno()
-
-    def _alive(self) -> bool:
-        if self.pid is None:
-            return False
-        try:
-            if os.waitpid(self.pid, os.WNOHANG) == (0, 0):
-                return True
-        except ChildProcessError:  # reaped by somebody else's wait(): gone as well
-            pass
-        self._forget()
-        return False
-
-    def _forget(self) -> None:
-        if self._control is not None:
-            self._control.close()
-        self._control = None
-        self.pid = None
-
-    def _start(self) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with theirs:
-            code = f"zygote_main({_CHILD_FD}, {os.getpid()}, end_watch)"
-            # OpenBLAS starts its threads when it is loaded; nothing else reads this later.
-            environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
-            self.pid = _spawn_interpreter("tpool.local.zygote", "zygote_main", code, theirs.fileno(), environment)
-        self._control = Channel(ours)
-        config = zygote.ZygoteConfig(list(sys.path), self._preload)
-        self._control.put(1, pickle.dumps(config))
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # noticed by whoever connects
-            self._control.flush()
-
-
-# The zygotes of this process by preload list. Shared by all pools, since each costs an import of torch; guarded by
-# the lock; forgotten in a forked child, to which they do not belong.
-_zygotes: dict[tuple[str, ...], SharedZygote] = {}
-_zygotes_lock = threading.Lock()
-
-
-def shared_zygote(preload: tuple[str, ...] = ()) -> SharedZygote:
-    """This process's zygote for a list of modules to preload."""
-    with _zygotes_lock:
-        return _zygotes.setdefault(preload, SharedZygote(preload))
-
-
-def zygote_traces() -> tuple[set[int], set[int]]:
-    """(process ids, descriptors) of the zygotes that this process has started and not yet seen end.
-
-    They outlive their last pool by ``zygote.LINGER_SECONDS``; whoever counts what a pool leaves behind subtracts them.
-    """
-    with _zygotes_lock:
-        traces = [trace for known in _zygotes.values() if (trace := known.trace()) is not None]
-    return {pid for pid, _ in traces}, {fd for _, fd in traces}
-
-
-def _forget_zygotes() -> None:
-    global _zygotes_lock
-    _zygotes_lock = threading.Lock()
-    for known in _zygotes.values():
-        known._forget()
-    _zygotes.clear()
-
-
-os.register_at_fork(after_in_child=_forget_zygotes)
+# Zygote -------------------------------------------------------------------------------------------------------------
 
 
 class ZygoteLauncher:
@@ -342,9 +241,9 @@ class SpawnLauncher(_ChildLauncher):
 
     def launch(self, token: int, sock_fd: int, claims_fd: int) -> list[LaunchEvent]:
         """See Launcher."""
-        code = f"spawned_main({_CHILD_FD}, {_CHILD_FD + 1}, {os.getpid()}, end_watch)"
+        code = f"spawned_main({CHILD_FD}, {CHILD_FD + 1}, {os.getpid()}, end_watch)"
         try:
-            pid = _spawn_interpreter("tpool.local.launch", "spawned_main", code, sock_fd, dict(os.environ), claims_fd)
+            pid = spawn_interpreter("tpool.local.launch", "spawned_main", code, sock_fd, dict(os.environ), claims_fd)
         except OSError as error:
             return [LaunchFailed(token, f"a new interpreter could not be started: {error}")]
         return [Launched(token, pid, os.pidfd_open(pid))]
@@ -357,36 +256,6 @@ def spawned_main(sock_fd: int, claims_fd: int, parent_pid: int, end_watch: Calla
     for fd in (sock_fd, claims_fd):
         os.set_inheritable(fd, False)
     worker_main(sock_fd, claims_fd)
-
-
-# Where a child finds its first descriptor; high enough to be free in a fresh interpreter.
-_CHILD_FD = 60
-
-
-def _spawn_interpreter(
-    module: str, name: str, code: str, fd: int, environment: dict[str, str], second_fd: int | None = None
-) -> int:
-    """Run ``code`` after importing ``name`` from ``module`` in a fresh interpreter; returns its pid.
-
-    The descriptors arrive as ``_CHILD_FD`` and the one after it; standard input is empty.
-    """
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    watch = os.path.join(os.path.dirname(os.path.abspath(__file__)), "deathwatch.py")
-    program = (
-        f"import importlib.util as u; s = u.spec_from_file_location('deathwatch', {watch!r}); "
-        f"m = u.module_from_spec(s); s.loader.exec_module(m); end_watch = m.watch({os.getpid()}); "
-        f"import sys; sys.path.insert(0, {root!r}); from {module} import {name}; {code}"
-    )
-    executable = os.fsdecode(spawn.get_executable())
-    arguments = [executable, *subprocess._args_from_interpreter_flags(), "-c", program]  # type: ignore[attr-defined]
-    # Duplicates above the targets, so that one dup2 cannot overwrite the source of another.
-    with contextlib.ExitStack() as stack:
-        actions: list[tuple[Any, ...]] = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
-        for target, source in enumerate([fd] if second_fd is None else [fd, second_fd], start=_CHILD_FD):
-            high = fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, _CHILD_FD + 2)
-            stack.callback(os.close, high)
-            actions.append((os.POSIX_SPAWN_DUP2, high, target))
-        return os.posix_spawn(executable, arguments, environment, file_actions=actions)
 
 
 def _is_open(fd: int) -> bool:

@@ -10,7 +10,7 @@ import errno
 import logging
 import os
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tpool.engine import WorkerLoss
@@ -53,6 +53,22 @@ class Traffic:
     piped_nbytes: int = 0
 
 
+@dataclass(slots=True)
+class Crew:
+    """What the members of one pool share; the handler's thread's, but for ``jobs``, to which callers add.
+
+    Attributes:
+        jobs: what the tasks of each open job have in common.
+        starving: members that wait for memory, in the order in which they began to.
+        forgetful: members that have not been told of jobs to be forgotten.
+    """
+
+    traffic: Traffic = field(default_factory=Traffic)
+    jobs: Jobs = field(default_factory=dict)
+    starving: dict[Member, None] = field(default_factory=dict)
+    forgetful: dict[Member, None] = field(default_factory=dict)
+
+
 class Member:
     """One worker process. ``_sent_*`` say what it has been told once and need not be told again.
 
@@ -62,19 +78,11 @@ class Member:
         channel: to it; owned.
         claims_fd: its semaphore of claims; owned.
         memory: the pool's.
-        jobs: what the tasks of each open job have in common.
-        traffic: counts bytes.
+        crew: see there.
     """
 
     def __init__(
-        self,
-        id: WorkerId,
-        slot: int,
-        channel: Channel,
-        claims_fd: int,
-        memory: PoolMemory,
-        jobs: Jobs,
-        traffic: Traffic,
+        self, id: WorkerId, slot: int, channel: Channel, claims_fd: int, memory: PoolMemory, crew: Crew
     ) -> None:
         self.id = id
         self.slot = slot
@@ -93,8 +101,8 @@ class Member:
         self._memory = memory
         self._codec = memory.codec
         self._peer = memory.peers[slot]
-        self._jobs = jobs
-        self._traffic = traffic
+        self._crew = crew
+        self._traffic = crew.traffic
         self._sent_arenas = {arena.id for arena in memory.worker_arenas(slot)}
         self._sent_groups: set[GroupId] = set()
         self._sent_jobs: set[JobId] = set()
@@ -144,7 +152,7 @@ class Member:
         return b"".join(parts)
 
     def _put_job(self, job: JobId) -> None:
-        known = self._jobs.get(job)
+        known = self._crew.jobs.get(job)
         if known is None:
             return  # an apply: the task brings its function along
         self._sent_jobs.add(job)
@@ -182,11 +190,7 @@ class Member:
         if job in self._sent_jobs:
             self._sent_jobs.discard(job)
             self._forget_jobs.append(job)
-
-    @property
-    def has_news(self) -> bool:
-        """Whether ``put_news`` would say something, dead views that nobody noticed yet aside."""
-        return bool(self._peer.pending or self._forget_jobs)
+            self._crew.forgetful[self] = None
 
     def put_news(self) -> bool:
         """What travels with the next message or before we block; returns whether there was any."""
@@ -196,17 +200,18 @@ class Member:
         if self._forget_jobs:
             self.channel.put(Kind.FORGET, wire.pack_ids(self._forget_jobs))
             self._forget_jobs = []
+            self._crew.forgetful.pop(self, None)
             return True
         return bool(give_backs)
 
     def put_hopeless(self) -> None:
         """Tell it that the memory it waits for will not come."""
-        self.starving = False
+        self._stop_starving()
         self.channel.put(Kind.HOPELESS, b"")
 
     def put_grant(self) -> None:
         """Let it have the memory that it waits for, though the budget is spent."""
-        self.starving = False
+        self._stop_starving()
         self.channel.put(Kind.GRANT, b"")
 
     def put_trim(self) -> None:
@@ -278,7 +283,8 @@ class Member:
         if left_before != self.outbox.entries:
             self._add_left(left_before, results)
         self.outbox.replies = self.outbox.replies + 1 & 0xFFFFFFFF
-        self.starving = False
+        if self.starving:
+            self._stop_starving()
         self.held -= 1
         start = wire.RESULT.size + text_nbytes
         text = body[wire.RESULT.size : start].decode(errors="replace") if text_nbytes else ""
@@ -313,6 +319,7 @@ class Member:
             events.append(WorkerBecameReady(self.id))
         elif kind == Kind.STARVING:
             self.starving = True
+            self._crew.starving[self] = None
         elif kind == Kind.BELL:
             pass  # whoever reads this looks into the outbox next
         elif kind == Kind.FALTERED:
@@ -331,6 +338,10 @@ class Member:
             events.append(InitializerFailed(self.id, LocalResult(True, received, text, 0.0, self._codec)))
         else:
             raise ProtocolError(f"a frame of unknown kind {kind}")
+
+    def _stop_starving(self) -> None:
+        self.starving = False
+        self._crew.starving.pop(self, None)
 
     # Its end --------------------------------------------------------------------------------------------------------
 
@@ -367,6 +378,8 @@ class Member:
 
     def bury(self) -> WorkerLoss:
         """Let go of everything it held; returns why it is gone."""
+        self._stop_starving()
+        self._crew.forgetful.pop(self, None)
         self._memory.table.forget(self._peer)
         self.close()
         if self.pidfd is not None:

@@ -118,7 +118,8 @@ class PoolMemory:
                 self.table.add(arena)
                 self._slots.append(arena)
             undo.pop_all()
-        self.peers = [Peer(f"slot {slot}") for slot in range(count)]
+        self.owing: dict[Peer, None] = {}  # peers for whom give-backs are pending
+        self.peers = [Peer(f"slot {slot}", self.owing) for slot in range(count)]
         self.baseline = dict(vars(sys.modules["__main__"])) if settings.method == "fork" else None
         self.definitions = Definitions(baseline=self.baseline)
         self.codec = Codec(Memory(self._caller, wait), self.definitions, sharing=settings.sharing)

@@ -52,12 +52,17 @@ class Peer:
         held: leases that the peer holds on our blocks, by entry; the table's.
         pending: leases of ours that the peer will be told have ended, by (arena id, offset); the table's.
         pending_nbytes: the bytes of the blocks in ``pending``.
+
+    Args:
+        name: see above.
+        owing: shared by the peers of one pool: those of them for whom something is pending are put in.
     """
 
-    __slots__ = ("__weakref__", "held", "name", "pending", "pending_nbytes")
+    __slots__ = ("__weakref__", "_owing", "held", "name", "pending", "pending_nbytes")
 
-    def __init__(self, name: str = "peer") -> None:
+    def __init__(self, name: str = "peer", owing: dict[Peer, None] | None = None) -> None:
         self.name = name
+        self._owing = {} if owing is None else owing
         # defaultdict: its += is one step for other threads and for user code inside a collection; get + set is not.
         self.held: defaultdict[Entry, int] = defaultdict(int)
         self.pending: defaultdict[tuple[int, int], int] = defaultdict(int)
@@ -69,10 +74,12 @@ class Peer:
         if key not in self.pending:
             self.pending_nbytes += entry.nbytes
         self.pending[key] += 1
+        self._owing[self] = None
 
     def take_pending(self) -> defaultdict[tuple[int, int], int]:
         """What the peer is to be told; nothing is pending afterwards."""
         empty: defaultdict[tuple[int, int], int] = defaultdict(int)
+        self._owing.pop(self, None)  # first: what is added meanwhile puts us in again
         taken = self.pending
         self.pending = empty
         self.pending_nbytes = 0
