@@ -136,7 +136,7 @@ class Worker:
         self._arena = arena
         self._known_arenas = {hello.slot_arena, hello.caller_arena}
         memory = Memory(arena, self._wait_for_memory)
-        self._codec = Codec(memory, baseline=self._baseline, sharing=hello.sharing)
+        self._codec = Codec(memory, baseline=self._baseline, sharing=hello.sharing, can_swap=hello.can_swap)
 
     def _attach(self, arena_id: int, fd: int) -> Arena:
         known = self._table.arena(arena_id)

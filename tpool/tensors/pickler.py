@@ -24,7 +24,7 @@ from typing import Any, cast
 
 import torch
 
-from tpool.tensors import descriptors, reducers, unpickler
+from tpool.tensors import descriptors, reducers, torch_private, unpickler
 from tpool.tensors.byvalue import DISPATCH, NAMED_TYPES
 from tpool.tensors.definitions import Definitions
 from tpool.tensors.descriptors import carrying
@@ -61,6 +61,7 @@ class Codec:
             it has received instead.
         baseline: in a worker forked from the caller: the ``baseline`` of the caller's Definitions, inherited.
         sharing: ``"share"``: a sent storage is moved into shared memory and both sides see it. ``"copy"``: it stays.
+        can_swap: whether torch can move a storage in place; False forces what older torch needs.
     """
 
     def __init__(
@@ -70,9 +71,11 @@ class Codec:
         *,
         baseline: dict[str, object] | None = None,
         sharing: Sharing = "share",
+        can_swap: bool = torch_private.CAN_SWAP,
     ) -> None:
         self.memory = memory
         self.sharing = sharing
+        self.can_swap = can_swap
         self._definitions = definitions
         self._registry = Registry(baseline)
         self._rules = definitions or self._registry
@@ -97,7 +100,7 @@ class Codec:
             data = pickle.dumps(obj, pickle.HIGHEST_PROTOCOL)
             if len(data) <= INLINE_NBYTES:
                 return Payload(data, [], [], (), [])
-        outgoing = Outgoing(self.memory, self.sharing)
+        outgoing = Outgoing(self.memory, self.sharing, can_swap=self.can_swap)
         while True:
             try:
                 return self._dump(obj, _Message(self, outgoing, self._rules, self._by_name), spawning)
@@ -150,7 +153,7 @@ class Codec:
 
     def open_group(self, rules: Any) -> _GroupPickler:
         """What ``Definitions`` write a new group with."""
-        outgoing = _WholeStorages(self.memory, self.sharing)
+        outgoing = _WholeStorages(self.memory, self.sharing, can_swap=self.can_swap)
         return _GroupPickler(self, _Message(self, outgoing, rules, self._by_name))
 
 
