@@ -1,7 +1,8 @@
 """Every kind of object whose journey tpool promises something about: how to make it, and how to tell that it arrived.
 
 One table (``KINDS``) for all suites: codec level, pools over start method and direction; and for the docs, whose table
-is ``docs_table()``. ``make`` gives equal objects in any process, so a receiver checks what arrived against its own.
+is ``docs_table()``; ``python tests/kinds.py`` writes it there. ``make`` gives equal objects in any process, so that a
+receiver checks what arrived against its own.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import dataclasses
 import io
 import os
 import tempfile
+import types
 import warnings
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable, Iterator
@@ -22,7 +24,20 @@ import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["GROUPS", "KINDS", "KINDS_BY_NAME", "Kind", "docs_table", "forget_scratch", "quiet", "same"]
+__all__ = [
+    "DOCS",
+    "GROUPS",
+    "KINDS",
+    "KINDS_BY_NAME",
+    "Kind",
+    "docs_table",
+    "docs_with_table",
+    "forget_scratch",
+    "quiet",
+    "same",
+]
+
+DOCS = Path(__file__).parent.parent / "tpool" / "tensors" / "KINDS.md"
 
 
 @dataclass(frozen=True)
@@ -35,9 +50,9 @@ class Kind:
         make: a fresh object, equal to that of any other call in any process.
         check: raises AssertionError unless what arrived is right; (made here, arrived).
         status: ``"exact"``; ``"changed"``: arrives, and ``note`` tells what differs; ``"refused"``: an error, whose
-            message matches ``note``.
+            message has ``note`` in it.
         note: see ``status``; for an exact kind what else there is to know.
-        cuda: needs a GPU.
+        cuda: needs a GPU; in the docs it is untested until it was run on one.
     """
 
     name: str
@@ -75,8 +90,23 @@ def docs_table() -> str:
     lines = ["| kind | arrives | remarks |", "|---|---|---|"]
     for group in GROUPS:
         lines.append(f"| **{group}** | | |")
-        lines.extend(f"| {kind.name} | {kind.status} | {kind.note} |" for kind in KINDS if kind.group == group)
+        lines.extend(_docs_row(kind) for kind in KINDS if kind.group == group)
     return "\n".join(lines) + "\n"
+
+
+def _docs_row(kind: Kind) -> str:
+    status, note = ("untested", "no GPU was at hand") if kind.cuda else (kind.status, kind.note)
+    return f"| {kind.name} | {status} | {note} |" if note else f"| {kind.name} | {status} | |"
+
+
+def docs_with_table() -> str:
+    """What ``DOCS`` has to say: its own words, and between its two marks the table of today."""
+    text = DOCS.read_text()
+    before, begin, rest = text.partition("<!-- the table: written by python tests/kinds.py -->\n")
+    _, end, after = rest.partition("<!-- end of the table -->\n")
+    assert begin, "no mark for the beginning of the table"
+    assert end, "no mark for its end"
+    return before + begin + docs_table() + end + after
 
 
 @contextmanager
@@ -98,6 +128,9 @@ def same(expected: Any, arrived: Any) -> None:
     assert type(arrived) is type(expected), f"{type(arrived)} is not {type(expected)}"
     if isinstance(expected, torch.Tensor):
         _same_tensor(expected, arrived)
+    elif isinstance(expected, np.ma.MaskedArray):
+        same(expected.mask, arrived.mask)
+        assert arrived.filled(0).tolist() == expected.filled(0).tolist()
     elif isinstance(expected, np.ndarray):
         _same_array(expected, arrived)
     elif isinstance(expected, dict):
@@ -250,6 +283,9 @@ simple(
     ),
     quint4x2_per_channel=lambda: torch.quantize_per_channel(
         number(3, 4), torch.tensor([0.5, 0.25, 1.0]), torch.tensor([1.0, 0.0, 2.0]), 0, torch.quint4x2
+    ),
+    quint2x4_per_channel=lambda: torch.quantize_per_channel(
+        number(3, 4), torch.tensor([0.5, 0.25, 1.0]), torch.tensor([1.0, 0.0, 2.0]), 0, torch.quint2x4
     ),
 )
 
@@ -427,6 +463,17 @@ simple(
     leaf_view_of_a_larger_storage=lambda: number(8)[2:5].requires_grad_(),
     detached=lambda: (number(3).requires_grad_() * 2).detach(),
 )
+
+
+def _check_inference(expected: Any, arrived: Any) -> None:
+    with torch.inference_mode(False):
+        same(expected.clone(), arrived)
+
+
+@kind("inference tensor", "autograd", check=_check_inference, status="changed", note="is a normal tensor")
+def _inference() -> Any:
+    with torch.inference_mode():
+        return number(3, 2)
 
 
 @kind("non-leaf tensor", "refused", status="refused", note="send tensor.detach()")
@@ -779,13 +826,23 @@ def _self_cycle() -> Any:
     return tensor
 
 
+# Sent objects are told by the name of their class, so that torch.distributed (a second) need not be imported.
+DTensor = types.new_class("DTensor", (torch.Tensor,))
+DTensor.__module__ = "torch.distributed.tensor"
+
+
+@kind("DTensor", "refused", status="refused", note="send tensor.to_local() or .full_tensor()")
+def _dtensor() -> Any:
+    return number(3).as_subclass(DTensor)
+
+
 @kind("fake tensor", "refused", status="refused", note="has no data")
 def _fake() -> Any:
     with torch._subclasses.FakeTensorMode():
         return torch.empty(3)
 
 
-@kind("tensor of zeros without memory", "refused", status="refused", note="send .* a clone")
+@kind("tensor of zeros without memory", "refused", status="refused", note="send it from outside, or a clone()")
 def _zero_tensor() -> Any:
     return torch._efficientzerotensor((3,))
 
@@ -972,9 +1029,42 @@ def _read_only() -> Any:
     return array
 
 
+def _enter_numpy_dtypes() -> None:
+    for code in np.typecodes["All"]:  # one letter for each built-in dtype
+        sized = np.dtype({"S": "S3", "U": "U3", "V": "V3", "M": "M8[s]", "m": "m8[ns]"}.get(code, code))
+        if sized.hasobject:
+            continue  # has rows of its own
+        name = f"array of {np.dtype(code).type.__name__} ({code})"
+        kind(name, "numpy")(lambda sized=sized: np.frombuffer(bytes(range(96)), dtype=sized).copy())
+
+
+def _check_memmap(expected: Any, arrived: Any) -> None:
+    assert type(arrived) is np.memmap
+    _same_array(expected, arrived)
+
+
+@kind("numpy memmap", "numpy", check=_check_memmap, status="changed", note="a copy in memory, no longer the file")
+def _numpy_memmap() -> Any:
+    return np.memmap(_scratch("array", NUMBERS), dtype=np.float32, mode="r+")
+
+
+class TaggedArray(np.ndarray):  # type: ignore[type-arg]
+    """A subclass of an array."""
+
+
+_enter_numpy_dtypes()
 simple(
     "numpy",
     float64_array=lambda: np.arange(6.0).reshape(2, 3),
+    view_of_a_large_array=lambda: np.arange(100_000.0)[50_000:90_000:2],
+    big_endian_array=lambda: np.arange(5, dtype=">i4"),
+    nested_structured_array=lambda: np.array(
+        [((1, 2), [3.5, 4.5])], dtype=[("pair", [("a", "i2"), ("b", ">u8")]), ("list", "f4", (2,))]
+    ),
+    structured_array_with_objects=lambda: np.array([(1, "x"), (2, None)], dtype=[("a", "i4"), ("b", object)]),
+    masked_array=lambda: np.ma.masked_array(np.arange(4.0), mask=[False, True, False, True]),
+    subclass_of_ndarray=lambda: np.arange(4.0).view(TaggedArray),
+    structured_scalar=lambda: np.array([(1, 2.5)], dtype=[("a", "i4"), ("b", "f8")])[0],
     large_array=lambda: np.arange(100_000, dtype=np.int32).reshape(100, 1000),
     bool_array=lambda: np.arange(7) % 2 == 0,
     complex_array=lambda: np.arange(3) + 1j,
@@ -1003,3 +1093,7 @@ kind("CUDA view", "CUDA", cuda=True)(lambda: _cuda(number(6, 4))[2:].t())
 kind("CUDA conjugate", "CUDA", cuda=True)(lambda: _cuda(torch.view_as_complex(number(4, 2))).conj())
 kind("CUDA Parameter", "CUDA", cuda=True)(lambda: nn.Parameter(_cuda(number(3))))
 kind("CUDA sparse COO", "CUDA", cuda=True)(lambda: _coo(True).cuda())
+
+
+if __name__ == "__main__":
+    DOCS.write_text(docs_with_table())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -62,15 +63,8 @@ def test_kind_arrives_and_returns(peering: Peering, kind: Kind, mode: str) -> No
 @pytest.mark.parametrize("kind", [marked(kind) for kind in KINDS if kind.status == "refused"])
 def test_kind_is_refused(peering: Peering, kind: Kind, mode: str) -> None:
     sharing, can_swap = MODES[mode]
-    with pytest.raises(UnsupportedTensorError, match=kind.note):
+    with pytest.raises(UnsupportedTensorError, match=re.escape(kind.note)):
         codec_for(peering.arena, sharing, can_swap).dumps([kind.make()])
-
-
-def test_every_group_has_kinds_and_every_kind_stands_in_the_docs() -> None:
-    table = kinds.docs_table()
-    assert {kind.group for kind in KINDS} == set(kinds.GROUPS)
-    assert all(f"| {kind.name} |" in table for kind in KINDS)
-    assert {kind.status for kind in KINDS} == {"exact", "changed", "refused"}
 
 
 # What "share" means ------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ class Pool:
         preload: names of modules that the default start method imports once, before it forks workers.
         memory: the most shared memory the pool may use at a time, in bytes or as text such as ``"2GB"``; None for
             three quarters of what this machine or container has.
-        sharing: ``"share"``: sender and receiver share a tensor's memory, as in torch.
+        sharing: ``"share"``: both sides see one memory, as in torch; ``"copy"``: each has its own. See ``KINDS.md``.
 
     Raises:
         ValueError: an argument is out of range.
