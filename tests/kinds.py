@@ -425,6 +425,17 @@ def _detached() -> Any:
     return leaf, leaf.detach()
 
 
+@kind("a module at two places", "aliases", check=lambda expected, arrived: _check_same_item(expected, arrived))
+def _shared_submodule() -> Any:
+    layer = _seeded(lambda: nn.Linear(3, 3))
+    return nn.ModuleList([layer, layer])
+
+
+def _check_same_item(expected: Any, arrived: Any) -> None:
+    same(expected, arrived)
+    assert arrived[0] is arrived[1]
+
+
 def _check_tied(expected: Any, arrived: Any) -> None:
     same(expected, arrived)
     assert arrived[0].weight is arrived[1].weight
@@ -454,6 +465,13 @@ def _grad_without() -> Any:
     tensor = number(3)
     tensor.grad = torch.ones(3)
     return tensor
+
+
+@kind("leaf with a sparse gradient", "autograd")
+def _sparse_grad() -> Any:
+    leaf = number(4, 2).requires_grad_()
+    leaf.grad = torch.sparse_coo_tensor([[1, 2]], number(2, 2), (4, 2))
+    return leaf
 
 
 simple(
@@ -532,6 +550,9 @@ simple(
     "modules",
     Parameter=lambda: nn.Parameter(number(3, 2)),
     Parameter_without_grad=lambda: nn.Parameter(number(3, dtype=torch.int64), requires_grad=False),
+    Parameter_with_a_conjugate_bit=lambda: nn.Parameter(torch.view_as_complex(number(3, 2)).conj()),
+    expanded_Parameter=lambda: nn.Parameter(number(3, 1).expand(3, 4)),
+    ParameterDict=lambda: nn.ParameterDict({"a": number(2)}),
     ParameterList=lambda: nn.ParameterList([number(2), number(3)]),
     state_dict=lambda: _seeded(lambda: nn.Linear(3, 2)).state_dict(),
     state_dict_of_an_optimizer=lambda: _trained_optimizer().state_dict(),
@@ -605,11 +626,17 @@ simple(
     sparse_BSR=lambda: _blocks().to_sparse_bsr((2, 2)),
     sparse_BSC=lambda: _blocks().to_sparse_bsc((2, 2)),
     sparse_CSR_that_requires_grad=lambda: _blocks().to_sparse_csr().requires_grad_(),
+    sparse_CSC_that_requires_grad=lambda: _blocks().to_sparse_csc().requires_grad_(),
+    sparse_BSR_that_requires_grad=lambda: _blocks().to_sparse_bsr((2, 2)).requires_grad_(),
+    sparse_BSC_that_requires_grad=lambda: _blocks().to_sparse_bsc((2, 2)).requires_grad_(),
+    sparse_CSR_in_a_batch=lambda: torch.stack([_blocks(), _blocks()]).to_sparse_csr(),
+    sparse_COO_of_complex_numbers_conjugated=lambda: torch.eye(3, dtype=torch.complex64).to_sparse().conj(),
     sparse_Parameter=lambda: nn.Parameter(_coo(True)),
     nested_strided=lambda: torch.nested.nested_tensor([number(2, 3), number(1, 3)]),
     nested_strided_that_requires_grad=lambda: torch.nested.nested_tensor(
         [number(2, 3), number(1, 3)]
     ).requires_grad_(),
+    nested_strided_transposed=lambda: torch.nested.nested_tensor([number(2, 3), number(1, 3)]).transpose(1, 2),
     meta=lambda: torch.empty(3, 4, device="meta"),
     meta_view=lambda: torch.empty(3, 4, device="meta", dtype=torch.int8).t()[1:],
 )
@@ -627,6 +654,9 @@ def _check_jagged(expected: Any, arrived: Any) -> None:
 
 kind("nested jagged", "layouts", check=_check_jagged)(
     lambda: torch.nested.nested_tensor([number(2, 3), number(1, 3)], layout=torch.jagged)
+)
+kind("nested jagged transposed", "layouts", check=_check_jagged)(
+    lambda: torch.nested.nested_tensor([number(2, 3), number(1, 3)], layout=torch.jagged).transpose(1, 2)
 )
 kind("nested jagged that requires grad", "layouts", check=_check_jagged)(
     lambda: torch.nested.nested_tensor([number(2, 3), number(1, 3)], layout=torch.jagged, requires_grad=True)
@@ -811,6 +841,16 @@ def _check_boxed(expected: Any, arrived: Any) -> None:
 kind("wrapper subclass with a plain attribute", "subclasses", check=_check_boxed)(lambda: Boxed(number(3)))
 kind("subclass that reduces itself", "subclasses")(lambda: _own(number(3)))
 kind("subclass of Parameter", "subclasses")(lambda: SpecialParameter(number(3)))
+
+
+def _check_parameter(expected: Any, arrived: Any) -> None:
+    same(expected, arrived)
+    assert isinstance(arrived, nn.Parameter)
+
+
+@kind("Parameter of a subclass", "subclasses", check=_check_parameter)
+def _parameter_of_a_subclass() -> Any:
+    return nn.Parameter(number(3).as_subclass(Tagged))
 
 
 def _check_self_cycle(expected: Any, arrived: Any) -> None:
@@ -1056,7 +1096,7 @@ _enter_numpy_dtypes()
 simple(
     "numpy",
     float64_array=lambda: np.arange(6.0).reshape(2, 3),
-    view_of_a_large_array=lambda: np.arange(100_000.0)[50_000:90_000:2],
+    view_of_a_large_array=lambda: np.arange(100_000.0)[50_000:90_000],
     big_endian_array=lambda: np.arange(5, dtype=">i4"),
     nested_structured_array=lambda: np.array(
         [((1, 2), [3.5, 4.5])], dtype=[("pair", [("a", "i2"), ("b", ">u8")]), ("list", "f4", (2,))]
@@ -1072,12 +1112,26 @@ simple(
     object_array=lambda: np.array([1, "two", None], dtype=object),
     string_array=lambda: np.array(["a", "bcd"]),
     datetime_array=lambda: np.array(["2024-01-01"], dtype="M8[D]"),
-    strided_array=lambda: np.arange(24).reshape(4, 6)[::2, 1:5],
     array_of_0_dimensions=lambda: np.array(3.5),
     empty_array=lambda: np.empty((0, 3)),
     numpy_scalar=lambda: np.float32(1.5),
 )
 kind("Fortran order", "numpy", check=_check_fortran)(lambda: np.asfortranarray(np.arange(6000.0).reshape(60, 100)))
+kind("strided array", "numpy", status="changed", note="contiguous, as numpy pickles it")(
+    lambda: np.arange(24).reshape(4, 6)[::2, 1:5]
+)
+kind("array of variable strings", "numpy")(lambda: np.array(["a", "bcd"], dtype=np.dtypes.StringDType()))
+
+
+def _check_values(expected: Any, arrived: Any) -> None:
+    assert arrived.tolist() == expected.tolist()
+
+
+@kind("strided read-only array", "numpy", check=_check_values, status="changed", note="contiguous, and can be written")
+def _strided_read_only() -> Any:
+    return np.broadcast_to(np.arange(3.0), (4, 3))
+
+
 kind("small read-only array", "numpy")(lambda: _read_only()[:3])
 kind("large read-only array", "numpy")(_read_only)
 

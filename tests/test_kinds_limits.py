@@ -54,6 +54,26 @@ def test_600_tensors_in_one_message_and_600_results_at_256_descriptors(method: s
     run_script(FEW, 60, args=(method,)).expect_success()
 
 
+# Many tensors ------------------------------------------------------------------------------------------------------
+
+
+def many_tensors(count: int) -> list[torch.Tensor]:
+    return [torch.full((3,), float(number)) for number in range(count)]
+
+
+def stacked(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(tensors)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharing", ["share", "copy"])
+def test_100_000_tensors_of_their_own_as_one_argument_and_as_one_result(sharing: str) -> None:
+    sent = many_tensors(100_000)
+    with tpool.Pool(1, sharing=sharing) as pool:
+        assert torch.equal(pool.apply(stacked, (sent,)), torch.stack(sent))
+        assert torch.equal(torch.stack(pool.apply(many_tensors, (100_000,))), torch.stack(sent))
+
+
 # A small /dev/shm --------------------------------------------------------------------------------------------------
 
 INTO_SMALL_SHM = """
