@@ -127,6 +127,7 @@ class Member:
         self.exitcode: int | None = None
         self.story = ""  # why we gave it up, where it was us
         self.watching_write = False
+        self.token: tuple[int, int] | None = None  # it has retired, but for CUDA memory; see lingering
         self._memory = memory
         self._codec = memory.codec
         self._peer = memory.peers[slot]
@@ -313,6 +314,8 @@ class Member:
             events.append(WorkerBecameReady(self.id))
         elif kind == Kind.STARVING:
             self.starving = True
+        elif kind == Kind.LINGERING:
+            self.token = wire.unpack_place(frame.body)
         elif kind == Kind.ARENA:
             self._memory.attach(wire.unpack_id(frame.body), frame.fds)
         elif kind == Kind.INITIALIZER_FAILED:
@@ -355,6 +358,11 @@ class Member:
         """Kill it because it cannot be talked to any more."""
         self.story = self.story or story
         self.kill()
+
+    def leave(self) -> WorkerLoss:
+        """Its slot gets another worker; returns what to say of this one."""
+        self._memory.table.forget(self._peer)
+        return WorkerLoss(str(self), self.pid, self.exitcode, self._ready, self.story)
 
     def bury(self) -> WorkerLoss:
         """Let go of everything it held; returns why it is gone."""

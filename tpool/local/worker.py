@@ -177,12 +177,18 @@ class Worker:
     def _retire(self) -> None:
         """Let destructors run, as they would at the end of a program, then leave."""
         self._jobs.clear()
+        token = self._codec.token.block
         del self._codec
         gc.collect()
         multiprocessing.util._exit_function()  # type: ignore[attr-defined]
         for thread in threading.enumerate():
             if thread is not threading.current_thread() and not thread.daemon:
                 thread.join(LINGERING_THREADS_SECONDS)
+        if token is not None:
+            with contextlib.suppress(EOFError, OSError):  # the pool has ended
+                self._send(Kind.LINGERING, wire.pack_place(token.arena.id, token.offset))
+                while all(frame.kind != Kind.RETIRE for frame in self._channel.receive()):
+                    pass  # see tpool.local.lingering
 
     # Reading -------------------------------------------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ from tpool.tensors.names import MAIN
 from tpool.tensors.payload import TRAILER, GroupId, Payload, Received
 from tpool.tensors.registry import Registry, definition, inherited
 from tpool.tensors.storages import Outgoing, Overlap, Sharing
+from tpool.tensors.token import Token
 
 __all__ = ["INLINE_NBYTES", "OUT_OF_BAND_NBYTES", "Codec", "Payload", "Received"]
 
@@ -76,6 +77,7 @@ class Codec:
         self.memory = memory
         self.sharing = sharing
         self.can_swap = can_swap
+        self.token = Token(memory)
         self._definitions = definitions
         self._registry = Registry(baseline)
         self._rules = definitions or self._registry
@@ -100,7 +102,7 @@ class Codec:
             data = pickle.dumps(obj, pickle.HIGHEST_PROTOCOL)
             if len(data) <= INLINE_NBYTES:
                 return Payload(data, [], [], (), [])
-        outgoing = Outgoing(self.memory, self.sharing, can_swap=self.can_swap)
+        outgoing = Outgoing(self.memory, self.sharing, can_swap=self.can_swap, token=self.token)
         while True:
             try:
                 return self._dump(obj, _Message(self, outgoing, self._rules, self._by_name), spawning)
@@ -153,7 +155,7 @@ class Codec:
 
     def open_group(self, rules: Any) -> _GroupPickler:
         """What ``Definitions`` write a new group with."""
-        outgoing = _WholeStorages(self.memory, self.sharing, can_swap=self.can_swap)
+        outgoing = _WholeStorages(self.memory, self.sharing, can_swap=self.can_swap, token=self.token)
         return _GroupPickler(self, _Message(self, outgoing, rules, self._by_name))
 
 
