@@ -7,6 +7,8 @@
                                                                        when the last view dies, or the pool's end
 
 What was sent before a worker lingers has been read, and its leases taken, by the time the parent looks at the token.
+From then on the slot's arena, its peer and its place in the ledger belong to the next worker; the one that lingers
+runs no task, sends nothing and allocates nothing.
 """
 
 from __future__ import annotations
