@@ -9,7 +9,6 @@ its own idea of the kind, and sends back its answer, pickled by its own codec::
 
 from __future__ import annotations
 
-import functools
 import multiprocessing
 import pickle
 import random
@@ -17,15 +16,15 @@ import socket
 import struct
 import traceback
 from typing import Any
-from unittest import mock
 
 import torch
 
-from tpool.tensors import leases, pickler
+from tpool.tensors import leases
 from tpool.tensors.arena import Allocator, Arena
 from tpool.tensors.ledger import Ledger
 from tpool.tensors.payload import Payload, Received
-from tpool.tensors.storages import Outgoing
+from tpool.tensors.pickler import Codec
+from tpool.tensors.storages import Sharing
 
 ARENA_NBYTES = 256 << 20
 BUDGET_NBYTES = 512 << 20
@@ -45,21 +44,9 @@ def new_arena(budget: int = BUDGET_NBYTES, nbytes: int = ARENA_NBYTES) -> tuple[
     return arena, ledger
 
 
-def codec_for(arena: Arena, sharing: str, can_swap: bool = True) -> pickler.Codec:
+def codec_for(arena: Arena, sharing: Sharing, can_swap: bool = True) -> Codec:
     """A codec that allocates there."""
-    return _Codec(leases.Memory(arena, lambda seconds: False), sharing=sharing, can_swap=can_swap)
-
-
-class _Codec(pickler.Codec):
-    """Can be told that torch lacks the swap."""
-
-    def __init__(self, memory: leases.Memory, *, sharing: Any, can_swap: bool) -> None:
-        super().__init__(memory, None, sharing=sharing)
-        self._outgoing = functools.partial(Outgoing, can_swap=can_swap)
-
-    def dumps(self, obj: object, *, spawning: bool = False) -> Payload:
-        with mock.patch.object(pickler, "Outgoing", self._outgoing):
-            return super().dumps(obj, spawning=spawning)
+    return Codec(leases.Memory(arena, lambda seconds: False), None, sharing=sharing, can_swap=can_swap)
 
 
 class Link:

@@ -1,7 +1,8 @@
 """Every kind of object whose journey tpool promises something about: how to make it, and how to tell that it arrived.
 
 One table (``KINDS``) for all suites: codec level, pools over start method and direction; and for the docs, whose table
-is ``docs_table()``. ``make`` gives equal objects in any process, so a receiver checks what arrived against its own.
+is ``docs_table()``; ``python tests/kinds.py`` writes it there. ``make`` gives equal objects in any process, so that a
+receiver checks what arrived against its own.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import dataclasses
 import io
 import os
 import tempfile
+import types
 import warnings
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable, Iterator
@@ -22,7 +24,20 @@ import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["GROUPS", "KINDS", "KINDS_BY_NAME", "Kind", "docs_table", "forget_scratch", "quiet", "same"]
+__all__ = [
+    "DOCS",
+    "GROUPS",
+    "KINDS",
+    "KINDS_BY_NAME",
+    "Kind",
+    "docs_table",
+    "docs_with_table",
+    "forget_scratch",
+    "quiet",
+    "same",
+]
+
+DOCS = Path(__file__).parent.parent / "tpool" / "tensors" / "KINDS.md"
 
 
 @dataclass(frozen=True)
@@ -35,9 +50,9 @@ class Kind:
         make: a fresh object, equal to that of any other call in any process.
         check: raises AssertionError unless what arrived is right; (made here, arrived).
         status: ``"exact"``; ``"changed"``: arrives, and ``note`` tells what differs; ``"refused"``: an error, whose
-            message matches ``note``.
+            message has ``note`` in it.
         note: see ``status``; for an exact kind what else there is to know.
-        cuda: needs a GPU.
+        cuda: needs a GPU; in the docs it is untested until it was run on one.
     """
 
     name: str
@@ -75,8 +90,23 @@ def docs_table() -> str:
     lines = ["| kind | arrives | remarks |", "|---|---|---|"]
     for group in GROUPS:
         lines.append(f"| **{group}** | | |")
-        lines.extend(f"| {kind.name} | {kind.status} | {kind.note} |" for kind in KINDS if kind.group == group)
+        lines.extend(_docs_row(kind) for kind in KINDS if kind.group == group)
     return "\n".join(lines) + "\n"
+
+
+def _docs_row(kind: Kind) -> str:
+    status, note = ("untested", "no GPU was at hand") if kind.cuda else (kind.status, kind.note)
+    return f"| {kind.name} | {status} | {note} |" if note else f"| {kind.name} | {status} | |"
+
+
+def docs_with_table() -> str:
+    """What ``DOCS`` has to say: its own words, and between its two marks the table of today."""
+    text = DOCS.read_text()
+    before, begin, rest = text.partition("<!-- the table: written by python tests/kinds.py -->\n")
+    _, end, after = rest.partition("<!-- end of the table -->\n")
+    assert begin, "no mark for the beginning of the table"
+    assert end, "no mark for its end"
+    return before + begin + docs_table() + end + after
 
 
 @contextmanager
@@ -98,6 +128,9 @@ def same(expected: Any, arrived: Any) -> None:
     assert type(arrived) is type(expected), f"{type(arrived)} is not {type(expected)}"
     if isinstance(expected, torch.Tensor):
         _same_tensor(expected, arrived)
+    elif isinstance(expected, np.ma.MaskedArray):
+        same(expected.mask, arrived.mask)
+        assert arrived.filled(0).tolist() == expected.filled(0).tolist()
     elif isinstance(expected, np.ndarray):
         _same_array(expected, arrived)
     elif isinstance(expected, dict):
@@ -251,6 +284,9 @@ simple(
     quint4x2_per_channel=lambda: torch.quantize_per_channel(
         number(3, 4), torch.tensor([0.5, 0.25, 1.0]), torch.tensor([1.0, 0.0, 2.0]), 0, torch.quint4x2
     ),
+    quint2x4_per_channel=lambda: torch.quantize_per_channel(
+        number(3, 4), torch.tensor([0.5, 0.25, 1.0]), torch.tensor([1.0, 0.0, 2.0]), 0, torch.quint2x4
+    ),
 )
 
 # shapes and strides
@@ -389,6 +425,17 @@ def _detached() -> Any:
     return leaf, leaf.detach()
 
 
+@kind("a module at two places", "aliases", check=lambda expected, arrived: _check_same_item(expected, arrived))
+def _shared_submodule() -> Any:
+    layer = _seeded(lambda: nn.Linear(3, 3))
+    return nn.ModuleList([layer, layer])
+
+
+def _check_same_item(expected: Any, arrived: Any) -> None:
+    same(expected, arrived)
+    assert arrived[0] is arrived[1]
+
+
 def _check_tied(expected: Any, arrived: Any) -> None:
     same(expected, arrived)
     assert arrived[0].weight is arrived[1].weight
@@ -420,6 +467,13 @@ def _grad_without() -> Any:
     return tensor
 
 
+@kind("leaf with a sparse gradient", "autograd")
+def _sparse_grad() -> Any:
+    leaf = number(4, 2).requires_grad_()
+    leaf.grad = torch.sparse_coo_tensor([[1, 2]], number(2, 2), (4, 2))
+    return leaf
+
+
 simple(
     "autograd",
     leaf=lambda: number(3).requires_grad_(),
@@ -427,6 +481,17 @@ simple(
     leaf_view_of_a_larger_storage=lambda: number(8)[2:5].requires_grad_(),
     detached=lambda: (number(3).requires_grad_() * 2).detach(),
 )
+
+
+def _check_inference(expected: Any, arrived: Any) -> None:
+    with torch.inference_mode(False):
+        same(expected.clone(), arrived)
+
+
+@kind("inference tensor", "autograd", check=_check_inference, status="changed", note="is a normal tensor")
+def _inference() -> Any:
+    with torch.inference_mode():
+        return number(3, 2)
 
 
 @kind("non-leaf tensor", "refused", status="refused", note="send tensor.detach()")
@@ -485,6 +550,9 @@ simple(
     "modules",
     Parameter=lambda: nn.Parameter(number(3, 2)),
     Parameter_without_grad=lambda: nn.Parameter(number(3, dtype=torch.int64), requires_grad=False),
+    Parameter_with_a_conjugate_bit=lambda: nn.Parameter(torch.view_as_complex(number(3, 2)).conj()),
+    expanded_Parameter=lambda: nn.Parameter(number(3, 1).expand(3, 4)),
+    ParameterDict=lambda: nn.ParameterDict({"a": number(2)}),
     ParameterList=lambda: nn.ParameterList([number(2), number(3)]),
     state_dict=lambda: _seeded(lambda: nn.Linear(3, 2)).state_dict(),
     state_dict_of_an_optimizer=lambda: _trained_optimizer().state_dict(),
@@ -558,11 +626,17 @@ simple(
     sparse_BSR=lambda: _blocks().to_sparse_bsr((2, 2)),
     sparse_BSC=lambda: _blocks().to_sparse_bsc((2, 2)),
     sparse_CSR_that_requires_grad=lambda: _blocks().to_sparse_csr().requires_grad_(),
+    sparse_CSC_that_requires_grad=lambda: _blocks().to_sparse_csc().requires_grad_(),
+    sparse_BSR_that_requires_grad=lambda: _blocks().to_sparse_bsr((2, 2)).requires_grad_(),
+    sparse_BSC_that_requires_grad=lambda: _blocks().to_sparse_bsc((2, 2)).requires_grad_(),
+    sparse_CSR_in_a_batch=lambda: torch.stack([_blocks(), _blocks()]).to_sparse_csr(),
+    sparse_COO_of_complex_numbers_conjugated=lambda: torch.eye(3, dtype=torch.complex64).to_sparse().conj(),
     sparse_Parameter=lambda: nn.Parameter(_coo(True)),
     nested_strided=lambda: torch.nested.nested_tensor([number(2, 3), number(1, 3)]),
     nested_strided_that_requires_grad=lambda: torch.nested.nested_tensor(
         [number(2, 3), number(1, 3)]
     ).requires_grad_(),
+    nested_strided_transposed=lambda: torch.nested.nested_tensor([number(2, 3), number(1, 3)]).transpose(1, 2),
     meta=lambda: torch.empty(3, 4, device="meta"),
     meta_view=lambda: torch.empty(3, 4, device="meta", dtype=torch.int8).t()[1:],
 )
@@ -580,6 +654,9 @@ def _check_jagged(expected: Any, arrived: Any) -> None:
 
 kind("nested jagged", "layouts", check=_check_jagged)(
     lambda: torch.nested.nested_tensor([number(2, 3), number(1, 3)], layout=torch.jagged)
+)
+kind("nested jagged transposed", "layouts", check=_check_jagged)(
+    lambda: torch.nested.nested_tensor([number(2, 3), number(1, 3)], layout=torch.jagged).transpose(1, 2)
 )
 kind("nested jagged that requires grad", "layouts", check=_check_jagged)(
     lambda: torch.nested.nested_tensor([number(2, 3), number(1, 3)], layout=torch.jagged, requires_grad=True)
@@ -766,6 +843,16 @@ kind("subclass that reduces itself", "subclasses")(lambda: _own(number(3)))
 kind("subclass of Parameter", "subclasses")(lambda: SpecialParameter(number(3)))
 
 
+def _check_parameter(expected: Any, arrived: Any) -> None:
+    same(expected, arrived)
+    assert isinstance(arrived, nn.Parameter)
+
+
+@kind("Parameter of a subclass", "subclasses", check=_check_parameter)
+def _parameter_of_a_subclass() -> Any:
+    return nn.Parameter(number(3).as_subclass(Tagged))
+
+
 def _check_self_cycle(expected: Any, arrived: Any) -> None:
     same(expected, arrived)
     assert arrived.me is arrived
@@ -779,13 +866,23 @@ def _self_cycle() -> Any:
     return tensor
 
 
+# Sent objects are told by the name of their class, so that torch.distributed (a second) need not be imported.
+DTensor = types.new_class("DTensor", (torch.Tensor,))
+DTensor.__module__ = "torch.distributed.tensor"
+
+
+@kind("DTensor", "refused", status="refused", note="send tensor.to_local() or .full_tensor()")
+def _dtensor() -> Any:
+    return number(3).as_subclass(DTensor)
+
+
 @kind("fake tensor", "refused", status="refused", note="has no data")
 def _fake() -> Any:
     with torch._subclasses.FakeTensorMode():
         return torch.empty(3)
 
 
-@kind("tensor of zeros without memory", "refused", status="refused", note="send .* a clone")
+@kind("tensor of zeros without memory", "refused", status="refused", note="send it from outside, or a clone()")
 def _zero_tensor() -> Any:
     return torch._efficientzerotensor((3,))
 
@@ -972,9 +1069,42 @@ def _read_only() -> Any:
     return array
 
 
+def _enter_numpy_dtypes() -> None:
+    for code in np.typecodes["All"]:  # one letter for each built-in dtype
+        sized = np.dtype({"S": "S3", "U": "U3", "V": "V3", "M": "M8[s]", "m": "m8[ns]"}.get(code, code))
+        if sized.hasobject:
+            continue  # has rows of its own
+        name = f"array of {np.dtype(code).type.__name__} ({code})"
+        kind(name, "numpy")(lambda sized=sized: np.frombuffer(bytes(range(96)), dtype=sized).copy())
+
+
+def _check_memmap(expected: Any, arrived: Any) -> None:
+    assert type(arrived) is np.memmap
+    _same_array(expected, arrived)
+
+
+@kind("numpy memmap", "numpy", check=_check_memmap, status="changed", note="a copy in memory, no longer the file")
+def _numpy_memmap() -> Any:
+    return np.memmap(_scratch("array", NUMBERS), dtype=np.float32, mode="r+")
+
+
+class TaggedArray(np.ndarray):  # type: ignore[type-arg]
+    """A subclass of an array."""
+
+
+_enter_numpy_dtypes()
 simple(
     "numpy",
     float64_array=lambda: np.arange(6.0).reshape(2, 3),
+    view_of_a_large_array=lambda: np.arange(100_000.0)[50_000:90_000],
+    big_endian_array=lambda: np.arange(5, dtype=">i4"),
+    nested_structured_array=lambda: np.array(
+        [((1, 2), [3.5, 4.5])], dtype=[("pair", [("a", "i2"), ("b", ">u8")]), ("list", "f4", (2,))]
+    ),
+    structured_array_with_objects=lambda: np.array([(1, "x"), (2, None)], dtype=[("a", "i4"), ("b", object)]),
+    masked_array=lambda: np.ma.masked_array(np.arange(4.0), mask=[False, True, False, True]),
+    subclass_of_ndarray=lambda: np.arange(4.0).view(TaggedArray),
+    structured_scalar=lambda: np.array([(1, 2.5)], dtype=[("a", "i4"), ("b", "f8")])[0],
     large_array=lambda: np.arange(100_000, dtype=np.int32).reshape(100, 1000),
     bool_array=lambda: np.arange(7) % 2 == 0,
     complex_array=lambda: np.arange(3) + 1j,
@@ -982,12 +1112,26 @@ simple(
     object_array=lambda: np.array([1, "two", None], dtype=object),
     string_array=lambda: np.array(["a", "bcd"]),
     datetime_array=lambda: np.array(["2024-01-01"], dtype="M8[D]"),
-    strided_array=lambda: np.arange(24).reshape(4, 6)[::2, 1:5],
     array_of_0_dimensions=lambda: np.array(3.5),
     empty_array=lambda: np.empty((0, 3)),
     numpy_scalar=lambda: np.float32(1.5),
 )
 kind("Fortran order", "numpy", check=_check_fortran)(lambda: np.asfortranarray(np.arange(6000.0).reshape(60, 100)))
+kind("strided array", "numpy", status="changed", note="contiguous, as numpy pickles it")(
+    lambda: np.arange(24).reshape(4, 6)[::2, 1:5]
+)
+kind("array of variable strings", "numpy")(lambda: np.array(["a", "bcd"], dtype=np.dtypes.StringDType()))
+
+
+def _check_values(expected: Any, arrived: Any) -> None:
+    assert arrived.tolist() == expected.tolist()
+
+
+@kind("strided read-only array", "numpy", check=_check_values, status="changed", note="contiguous, and can be written")
+def _strided_read_only() -> Any:
+    return np.broadcast_to(np.arange(3.0), (4, 3))
+
+
 kind("small read-only array", "numpy")(lambda: _read_only()[:3])
 kind("large read-only array", "numpy")(_read_only)
 
@@ -1003,3 +1147,7 @@ kind("CUDA view", "CUDA", cuda=True)(lambda: _cuda(number(6, 4))[2:].t())
 kind("CUDA conjugate", "CUDA", cuda=True)(lambda: _cuda(torch.view_as_complex(number(4, 2))).conj())
 kind("CUDA Parameter", "CUDA", cuda=True)(lambda: nn.Parameter(_cuda(number(3))))
 kind("CUDA sparse COO", "CUDA", cuda=True)(lambda: _coo(True).cuda())
+
+
+if __name__ == "__main__":
+    DOCS.write_text(docs_with_table())

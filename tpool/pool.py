@@ -58,7 +58,7 @@ class Pool(MapCalls):
         preload: names of modules that the default start method imports once, before it forks workers.
         memory: the most shared memory the pool may use at a time, in bytes or as text such as ``"2GB"``; None for
             three quarters of what this machine or container has.
-        sharing: ``"share"``: sender and receiver share a tensor's memory, as in torch.
+        sharing: ``"share"``: both sides see one memory, as in torch; ``"copy"``: each has its own. See ``KINDS.md``.
         timeout: how many seconds a task may run, the reading of its arguments included; None for any time. When it is
             over the worker is killed and replaced, and that task raises ``TaskTimeoutError``; no other is touched. A
             task is a call, or a chunk of calls where a ``chunksize`` is given to ``map``. Tasks with a time limit

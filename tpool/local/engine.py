@@ -28,9 +28,11 @@ from tpool.engine import WorkerAction
 from tpool.errors import ProtocolError
 from tpool.local import wire
 from tpool.local.channel import Channel, channel_pair
+from tpool.local.crew import Crew
 from tpool.local.hunger import STARVING_SECONDS, Hunger
 from tpool.local.launch import Launched, Launcher, LaunchEvent, LaunchFailed, Reaped
-from tpool.local.member import Crew, Member
+from tpool.local.lingering import Lingering
+from tpool.local.member import Member
 from tpool.local.poller import Poller
 from tpool.local.setup import PoolMemory, Settings, make_launcher
 from tpool.local.wire import Kind
@@ -81,6 +83,7 @@ class LocalEngine:
             self._memory.close()
             raise
         self._members: dict[int, Member] = {}
+        self._lingering = Lingering()
         self._unreaped: dict[int, float] = {}  # ended workers whose status is due, until when
         self._launched = 0
         self._poller = Poller()
@@ -195,6 +198,8 @@ class LocalEngine:
     def wait(self, timeout: float | None) -> list[Event]:
         """See Engine."""
         ready: list[tuple[int, int]] = []
+        if self._lingering:
+            self._lingering.dismiss(self._flush)
         if timeout == 0 or self._hungry or self._has_news():
             # News travels with the next message, if there is one to come at once.
             ready = self._poller.look()
@@ -250,6 +255,8 @@ class LocalEngine:
         """Read once; returns whether more may come."""
         try:
             member.understand(member.channel.receive(), events)
+            if member.token is not None and not member.ended:
+                self._let_linger(member, member.token, events)
         except BlockingIOError:
             return False
         except ProtocolError as error:
@@ -261,6 +268,20 @@ class LocalEngine:
             member.kill()
             return False
         return True
+
+    def _let_linger(self, member: Member, token: tuple[int, int], events: list[Event]) -> None:
+        """It would exit, but for the CUDA memory that it has sent: if that is in use, its slot gets another worker."""
+        member.token = None
+        watch = self._memory.table.watch(*token, self.wake)
+        if watch is None:
+            member.channel.put(Kind.RETIRE, b"")
+            self._flush(member)
+            return
+        self._poller.unwatch(member.channel.fileno())
+        self._poller.ahead.pop(member.id, None)
+        del self._members[member.id]
+        self._lingering.add(member, watch)
+        events.append(WorkerExited(member.id, member.drain_claims(), member.leave()))
 
     # Processes ------------------------------------------------------------------------------------------------------
 
@@ -304,7 +325,9 @@ class LocalEngine:
         member.ended = True
         self._poller.unwatch(member.pidfd)  # it stays readable
         self._take_launch_events(self._launcher.reap(int(member.id), member.pidfd), events)
-        if member.reaped:
+        if member.id not in self._members:
+            self._lingering.ended(member)
+        elif member.reaped:
             self._finish_if_gone(member, events)
         else:
             self._unreaped[member.id] = monotonic() + REAP_SECONDS
@@ -351,7 +374,7 @@ class LocalEngine:
     def _close_inherited(self, sock_fd: int, claims_fd: int) -> None:
         """In a forked worker: close the parent's ends, so that no sibling's channel is held open by us."""
         self._launcher.close()
-        for member in self._members.values():
+        for member in [*self._members.values(), *self._lingering.members()]:
             for fd in {member.channel.fileno(), member.claims_fd, member.pidfd} - {sock_fd, claims_fd}:
                 if fd is not None:
                     os.close(fd)
@@ -362,6 +385,7 @@ class LocalEngine:
         """See Engine."""
         for member in self._members.values():
             member.close()
+        self._lingering.close(self._launcher)
         self._launcher.close()
         self._poller.close()
         wake_fd, self._wake_fd = self._wake_fd, -1

@@ -63,6 +63,7 @@ class Hello:
         live_blocks: (offset, nbytes) in the slot's arena that an earlier worker left in use.
         has_tracker: whether the caller's resource tracker's descriptor comes with this message.
         sharing: ``share`` or ``copy``.
+        can_swap: see ``Codec``; the caller's, so that both sides do the same.
     """
 
     method: str
@@ -83,6 +84,7 @@ class Hello:
     live_blocks: list[tuple[int, int]]
     has_tracker: bool
     sharing: Sharing
+    can_swap: bool
 
 
 def assume(hello: Hello, tracker_fd: int | None) -> None:

@@ -10,7 +10,6 @@ import errno
 import logging
 import os
 import signal
-from dataclasses import dataclass, field
 from typing import Any
 
 from tpool.engine import WorkerLoss
@@ -18,6 +17,7 @@ from tpool.errors import ProtocolError
 from tpool.local import wire
 from tpool.local.answers import LocalResult, PlainResult
 from tpool.local.channel import Channel, Frame
+from tpool.local.crew import Crew
 from tpool.local.setup import PoolMemory
 from tpool.local.wire import Kind, Status
 from tpool.messages import (
@@ -41,32 +41,7 @@ PIDFD_SIGNAL_PROCESS_GROUP = 4  # Linux 6.9, pidfd_send_signal(2)
 _RESULT = int(Kind.RESULT)
 _ERROR = int(Status.ERROR)
 
-Jobs = dict[JobId, tuple[int, Payload | bytes]]
 Results = list[tuple[JobId, int, Any, float]]
-
-
-@dataclass(slots=True)
-class Traffic:
-    """Bytes to and from all workers, by handle and through pipes; written by the handler's thread."""
-
-    moved_nbytes: int = 0
-    piped_nbytes: int = 0
-
-
-@dataclass(slots=True)
-class Crew:
-    """What the members of one pool share; the handler's thread's, but for ``jobs``, to which callers add.
-
-    Attributes:
-        jobs: what the tasks of each open job have in common.
-        starving: members that wait for memory, in the order in which they began to.
-        forgetful: members that have not been told of jobs to be forgotten.
-    """
-
-    traffic: Traffic = field(default_factory=Traffic)
-    jobs: Jobs = field(default_factory=dict)
-    starving: dict[Member, None] = field(default_factory=dict)
-    forgetful: dict[Member, None] = field(default_factory=dict)
 
 
 class Member:
@@ -98,6 +73,7 @@ class Member:
         self.watching_write = False
         self.held = 0  # tasks sent and neither answered nor taken back
         self.outbox = memory.outbox(slot)
+        self.token: tuple[int, int] | None = None  # it has retired, but for CUDA memory; see lingering
         self._memory = memory
         self._codec = memory.codec
         self._peer = memory.peers[slot]
@@ -320,15 +296,10 @@ class Member:
         elif kind == Kind.STARVING:
             self.starving = True
             self._crew.starving[self] = None
-        elif kind == Kind.BELL:
-            pass  # whoever reads this looks into the outbox next
         elif kind == Kind.FALTERED:
-            results: Results = []
-            self._add_result(frame, results)
-            job, index, result, seconds = results.pop()
-            if results:
-                events.append(TasksFinished(self.id, results))
-            events.append(TaskFaltered(self.id, job, index, result, seconds))
+            self._falter(frame, events)
+        elif kind == Kind.LINGERING:
+            self.token = wire.unpack_place(frame.body)
         elif kind == Kind.ARENA:
             self._memory.attach(wire.unpack_id(frame.body), frame.fds)
         elif kind == Kind.INITIALIZER_FAILED:
@@ -336,8 +307,16 @@ class Member:
             text = frame.body[wire.COUNT_NBYTES : start].decode(errors="replace")
             received = self._unpack(frame, start)
             events.append(InitializerFailed(self.id, LocalResult(True, received, text, 0.0, self._codec)))
-        else:
+        elif kind != Kind.BELL:  # whoever reads a bell looks into the outbox next
             raise ProtocolError(f"a frame of unknown kind {kind}")
+
+    def _falter(self, frame: Frame, events: list[Event]) -> None:
+        results: Results = []
+        self._add_result(frame, results)
+        job, index, result, seconds = results.pop()
+        if results:
+            events.append(TasksFinished(self.id, results))
+        events.append(TaskFaltered(self.id, job, index, result, seconds))
 
     def _stop_starving(self) -> None:
         self.starving = False
@@ -376,11 +355,19 @@ class Member:
         self.story = self.story or story
         self.kill()
 
-    def bury(self) -> WorkerLoss:
-        """Let go of everything it held; returns why it is gone."""
+    def _let_go(self) -> None:
         self._stop_starving()
         self._crew.forgetful.pop(self, None)
         self._memory.table.forget(self._peer)
+
+    def leave(self) -> WorkerLoss:
+        """Its slot gets another worker; returns what to say of this one."""
+        self._let_go()
+        return WorkerLoss(str(self), self.pid, self.exitcode, self._ready, self.story)
+
+    def bury(self) -> WorkerLoss:
+        """Let go of everything it held; returns why it is gone."""
+        self._let_go()
         self.close()
         if self.pidfd is not None:
             os.close(self.pidfd)

@@ -26,7 +26,7 @@ from tpool.local.identity import Hello, WorkerInfo
 from tpool.local.launch import ForkLauncher, Launcher, SpawnLauncher, ZygoteLauncher
 from tpool.local.outbox import Outbox, Outboxes
 from tpool.local.process import Inheritance
-from tpool.tensors import leases
+from tpool.tensors import leases, torch_private
 from tpool.tensors.arena import Allocator, Arena, Ledger
 from tpool.tensors.definitions import Definitions
 from tpool.tensors.leases import Memory, Peer
@@ -47,6 +47,7 @@ class Settings:
         preload: modules that the zygote imports.
         memory_nbytes: the pool's budget of shared memory.
         sharing: ``share`` or ``copy``.
+        can_swap: see ``Codec``.
         environment, directory, path, argv: of the moment the pool is made.
     """
 
@@ -57,6 +58,7 @@ class Settings:
     preload: tuple[str, ...]
     memory_nbytes: int
     sharing: Sharing
+    can_swap: bool = torch_private.CAN_SWAP
     environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
     directory: str | None = field(default_factory=lambda: _working_directory())
     path: list[str] = field(default_factory=lambda: list(sys.path))
@@ -122,7 +124,9 @@ class PoolMemory:
         self.peers = [Peer(f"slot {slot}", self.owing) for slot in range(count)]
         self.baseline = dict(vars(sys.modules["__main__"])) if settings.method == "fork" else None
         self.definitions = Definitions(baseline=self.baseline)
-        self.codec = Codec(Memory(self._caller, wait), self.definitions, sharing=settings.sharing)
+        self.codec = Codec(
+            Memory(self._caller, wait), self.definitions, sharing=settings.sharing, can_swap=settings.can_swap
+        )
 
     def outbox(self, slot: int) -> Outbox:
         """Our end of the outbox of the slot's next worker; its earlier one is gone, and its results were taken."""
@@ -160,6 +164,7 @@ class PoolMemory:
             live_blocks=self.table.live_blocks(self.peers[slot], arena),
             has_tracker=tracker_fd is not None,
             sharing=settings.sharing,
+            can_swap=settings.can_swap,
         )
         fds = (arena.fd, self._caller.fd, self._ledger.fd, self._outboxes.fd)
         return pickle.dumps(hello), fds if tracker_fd is None else (*fds, tracker_fd)

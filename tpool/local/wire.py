@@ -50,6 +50,7 @@ class Kind(IntEnum):
     STARVING = 24
     BELL = 25
     FALTERED = 27
+    LINGERING = 28
 
 
 class Mode(IntEnum):
@@ -75,6 +76,7 @@ _BLOCK = struct.Struct("<QQQ")
 _ID = struct.Struct("<Q")
 _GIVE_BACK = struct.Struct("<QQI")
 _COUNT = struct.Struct("<I")
+_PLACE = struct.Struct("<QQ")
 TASK = struct.Struct("<QQ")
 RESULT = struct.Struct("<QQdBIQ")  # job, index, seconds, status, nbytes of the traceback, outbox entries before it
 JOB = struct.Struct("<QB")
@@ -198,6 +200,17 @@ def pack_id(number: int) -> bytes:
 def unpack_id(body: bytes) -> int:
     """The id at the front of a body."""
     return int(_unpack(_ID, body)[0])
+
+
+def pack_place(arena_id: int, offset: int) -> bytes:
+    """Where a block lies, as a body."""
+    return _PLACE.pack(arena_id, offset)
+
+
+def unpack_place(body: bytes) -> tuple[int, int]:
+    """The (arena id, offset) of ``pack_place``."""
+    arena_id, offset = _unpack(_PLACE, body)
+    return arena_id, offset
 
 
 def pack_count(count: int) -> bytes:

@@ -16,6 +16,7 @@ process blocks.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing.util
 import os
@@ -129,7 +130,7 @@ class Worker:
         self._arena = arena
         self._known_arenas = {hello.slot_arena, hello.caller_arena}
         self._memory = Memory(arena, self._wait_for_memory)
-        self._codec = Codec(self._memory, baseline=self._baseline, sharing=hello.sharing)
+        self._codec = Codec(self._memory, baseline=self._baseline, sharing=hello.sharing, can_swap=hello.can_swap)
 
     def _attach(self, arena_id: int, fd: int) -> Arena:
         known = self._table.arena(arena_id)
@@ -170,12 +171,18 @@ class Worker:
     def _retire(self) -> None:
         """Let destructors run, as they would at the end of a program, then leave."""
         self._jobs.clear()
+        token = self._codec.token.block
         del self._codec
         gc.collect()
         multiprocessing.util._exit_function()  # type: ignore[attr-defined]
         for thread in threading.enumerate():
             if thread is not threading.current_thread() and not thread.daemon:
                 thread.join(LINGERING_THREADS_SECONDS)
+        if token is not None:
+            with contextlib.suppress(EOFError, OSError):  # the pool has ended
+                self._send(Kind.LINGERING, wire.pack_place(token.arena.id, token.offset))
+                while all(frame.kind != Kind.RETIRE for frame in self._channel.receive()):
+                    pass  # see tpool.local.lingering
 
     # Reading -------------------------------------------------------------------------------------------------------
 

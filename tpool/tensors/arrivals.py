@@ -26,6 +26,7 @@ __all__ = [
     "Incoming",
     "block_storage",
     "fd_storage",
+    "leased",
     "named_storage",
     "strided_tensor",
     "whole_tensor",
@@ -105,6 +106,15 @@ class Incoming:
             mapping = memoryview(mmap.mmap(self._fds[index], NAMED_HEADER_NBYTES + nbytes))
             return torch.frombuffer(mapping[NAMED_HEADER_NBYTES:], dtype=torch.uint8).untyped_storage()
 
+    def leased(self, index: int, make: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        """A CUDA tensor or event; as long as its memory lives, so does the view of the token at ``index``."""
+        made = make(*arguments)
+        # Attributes of a storage live as long as the storage, whoever holds it. torch gives the same storage again
+        # for memory that came before, and then it has the same token.
+        owner: Any = made.untyped_storage() if isinstance(made, torch.Tensor) else made
+        owner._tpool_token = self._blocks[index].view
+        return made
+
 
 # The markers ---------------------------------------------------------------------------------------------------------
 
@@ -134,6 +144,11 @@ def named_storage(index: int, manager: bytes, name: bytes, nbytes: int) -> Any:
     raise _unbound()
 
 
+def leased(index: int, make: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """Stands for ``Incoming.leased``."""
+    raise _unbound()
+
+
 def _unbound() -> DecodeError:
     return DecodeError(
         "this pickle is part of a message of tpool and can only be read together with its shared memory"
@@ -141,6 +156,7 @@ def _unbound() -> DecodeError:
 
 
 MARKERS: dict[str, Callable[..., Any]] = {
-    marker.__name__: marker for marker in (block_storage, whole_tensor, strided_tensor, fd_storage, named_storage)
+    marker.__name__: marker
+    for marker in (block_storage, whole_tensor, strided_tensor, fd_storage, named_storage, leased)
 }
 """The functions of this module that a stream may name, by name."""

@@ -9,7 +9,9 @@ collection, a signal handler); each change of a shared variable is therefore one
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import deque
+from collections.abc import Callable
 
 from tpool.errors import PoolEndedError, ProtocolError
 from tpool.tensors.arena import Allocator, Arena
@@ -144,6 +146,20 @@ class BlockTable:
                 self._drain()
             finally:
                 lock.release()
+
+    def watch(self, arena_id: int, offset: int, call: Callable[[], object]) -> weakref.ref[object] | None:
+        """A reference that is dead as soon as no view of this block lives here; None if none does.
+
+        Args:
+            arena_id: of the arena.
+            offset: where the block begins.
+            call: called at that moment, in any thread, inside any collection.
+        """
+        mapped = self._mapped.get(arena_id)
+        entry = None if mapped is None else self._entries.get(mapped.arena.address + offset)
+        watch = None if entry is None else entry.watch
+        guard = None if watch is None else watch()
+        return None if guard is None else weakref.ref(guard, lambda _: call())
 
     def find(self, address: int) -> Block | None:
         """The live block that starts at this address, in any arena; None if there is none or its views are dead."""

@@ -24,7 +24,7 @@ from typing import Any, cast
 
 import torch
 
-from tpool.tensors import descriptors, reducers, unpickler
+from tpool.tensors import descriptors, reducers, torch_private, unpickler
 from tpool.tensors.byvalue import DISPATCH, NAMED_TYPES
 from tpool.tensors.definitions import Definitions
 from tpool.tensors.descriptors import carrying
@@ -34,6 +34,7 @@ from tpool.tensors.payload import TRAILER, GroupId, Payload, Received
 from tpool.tensors.plain import INLINE_NBYTES, dumps_plain, opcodes
 from tpool.tensors.registry import Registry, definition, inherited
 from tpool.tensors.storages import Outgoing, Overlap, Sharing
+from tpool.tensors.token import Token
 
 __all__ = ["INLINE_NBYTES", "OUT_OF_BAND_NBYTES", "Codec", "Payload", "Received"]
 
@@ -53,6 +54,7 @@ class Codec:
             it has received instead.
         baseline: in a worker forked from the caller: the ``baseline`` of the caller's Definitions, inherited.
         sharing: ``"share"``: a sent storage is moved into shared memory and both sides see it. ``"copy"``: it stays.
+        can_swap: whether torch can move a storage in place; False forces what older torch needs.
     """
 
     def __init__(
@@ -62,9 +64,12 @@ class Codec:
         *,
         baseline: dict[str, object] | None = None,
         sharing: Sharing = "share",
+        can_swap: bool = torch_private.CAN_SWAP,
     ) -> None:
         self.memory = memory
         self.sharing = sharing
+        self.can_swap = can_swap
+        self.token = Token(memory)
         self._definitions = definitions
         self._registry = Registry(baseline)
         self._rules = definitions or self._registry
@@ -88,7 +93,7 @@ class Codec:
         data = dumps_plain(obj)
         if data is not None:
             return Payload(data)
-        outgoing = Outgoing(self.memory, self.sharing)
+        outgoing = Outgoing(self.memory, self.sharing, can_swap=self.can_swap, token=self.token)
         while True:
             try:
                 return self._dump(obj, _Message(self, outgoing, self._rules, self._by_name), spawning)
@@ -164,7 +169,7 @@ class Codec:
 
     def open_group(self, rules: Any) -> _GroupPickler:
         """What ``Definitions`` write a new group with."""
-        outgoing = _WholeStorages(self.memory, self.sharing)
+        outgoing = _WholeStorages(self.memory, self.sharing, can_swap=self.can_swap, token=self.token)
         return _GroupPickler(self, _Message(self, outgoing, rules, self._by_name))
 
 

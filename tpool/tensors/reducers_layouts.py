@@ -14,7 +14,7 @@ import torch.multiprocessing.reductions
 
 from tpool.errors import UnsupportedTensorError
 from tpool.tensors import torch_private
-from tpool.tensors.arrivals import DTYPES, NAMES
+from tpool.tensors.arrivals import DTYPES, NAMES, leased
 
 if TYPE_CHECKING:
     from tpool.tensors.storages import Outgoing
@@ -118,10 +118,9 @@ def rebuild_mkldnn(dense: torch.Tensor) -> torch.Tensor:
 def cuda(tensor: torch.Tensor, sender: Outgoing) -> Content:
     """A strided CUDA tensor, by CUDA IPC through torch's own reducer.
 
-    torch's counter keeps the memory until the receiver lets it go, in the process that made it: the payload is marked
-    ``cuda`` so that this process can be kept.
+    torch's counter keeps the memory until the receiver lets it go, in the process that made it; the token tells how
+    long this process is needed.
     """
-    sender.cuda = True
     plain: Any = tensor.detach()
     untyped: Any = tensor.untyped_storage()
     if (clone := sender.cuda_clones.get(torch_private.storage_id(tensor))) is not None:
@@ -136,7 +135,7 @@ def cuda(tensor: torch.Tensor, sender: Outgoing) -> Content:
         plain = _on(clone, plain)
         make, arguments = _torch_reductions.reduce_tensor(plain)
     sender.keep.append((tensor, plain))
-    return make, arguments
+    return leased, (sender.token(), make, arguments)
 
 
 def _on(storage: torch.UntypedStorage, like: torch.Tensor) -> torch.Tensor:
@@ -151,7 +150,5 @@ def cuda_storage(storage: torch.UntypedStorage, sender: Outgoing) -> Content:
 
 def cuda_event(event: torch.cuda.Event, sender: Outgoing) -> Content:
     """A CUDA event made with ``interprocess=True``; torch raises for others."""
-    sender.cuda = True
     sender.keep.append(event)
-    make, arguments = _torch_reductions.reduce_event(event)
-    return make, arguments
+    return leased, (sender.token(), *_torch_reductions.reduce_event(event))

@@ -26,6 +26,7 @@ from tpool.errors import UnsupportedTensorError
 from tpool.tensors import torch_private
 from tpool.tensors.arrivals import fd_storage, named_storage
 from tpool.tensors.moving import ParkingLot, copy_bytes, known_to_tensors_alone, lies_in, move_storage
+from tpool.tensors.token import Token
 
 if TYPE_CHECKING:
     from tpool.tensors.leases import Block, Memory
@@ -52,12 +53,12 @@ class Outgoing:
         memory: where blocks come from; may wait for memory.
         sharing: what sending a storage means.
         can_swap: whether torch can move a storage in place; without, it is moved into a file of torch's own.
+        token: stands for CUDA memory that travels.
 
     Attributes:
         blocks: what travels by block; other parts of the message append theirs.
         fds: descriptors that travel, borrowed.
         keep: owners of those descriptors, and of CUDA memory that travels.
-        cuda: CUDA memory travels: the process that made it must live until the receiver has let it go.
         cuda_clones: what stands for CUDA storages that another process made, by address of the storage.
     """
 
@@ -66,10 +67,11 @@ class Outgoing:
         "_met",
         "_parking",
         "_regions",
+        "_token",
+        "_token_index",
         "_whole",
         "blocks",
         "can_swap",
-        "cuda",
         "cuda_clones",
         "fds",
         "keep",
@@ -77,14 +79,20 @@ class Outgoing:
         "sharing",
     )
 
-    def __init__(self, memory: Memory, sharing: Sharing = "share", *, can_swap: bool = torch_private.CAN_SWAP) -> None:
+    def __init__(
+        self,
+        memory: Memory,
+        sharing: Sharing = "share",
+        *,
+        can_swap: bool = torch_private.CAN_SWAP,
+        token: Token | None = None,
+    ) -> None:
         self.memory = memory
         self.sharing = sharing
         self.can_swap = can_swap
         self.blocks: list[Block] = []
         self.fds: list[int] = []
         self.keep: list[object] = []
-        self.cuda = False
         self.cuda_clones: dict[int, torch.UntypedStorage] = {}
         # By the storage's address, which another may get once this one is gone: so all that were met are held.
         self._met: list[torch.UntypedStorage] = []
@@ -92,10 +100,12 @@ class Outgoing:
         self._regions: dict[int, list[tuple[int, int, int]]] = {}  # storage -> (start, stop, index), disjoint
         self._whole: set[int] = set()  # storages whose views overlapped in an earlier try
         self._parking = ParkingLot()
+        self._token = token or Token(memory)
+        self._token_index: int | None = None
 
     def again(self) -> Outgoing:
         """The one to use for the next try after ``Overlap``."""
-        fresh = Outgoing(self.memory, self.sharing, can_swap=self.can_swap)
+        fresh = Outgoing(self.memory, self.sharing, can_swap=self.can_swap, token=self._token)
         fresh._whole = self._whole
         return fresh
 
@@ -104,6 +114,13 @@ class Outgoing:
         self.fds.append(fd)
         self.keep.append(keep)
         return len(self.fds) - 1
+
+    def token(self) -> int:
+        """Index of the block that stands for CUDA memory: this process must live until the receiver has let it go."""
+        if self._token_index is None:
+            self.blocks.append(self._token.lend())
+            self._token_index = len(self.blocks) - 1
+        return self._token_index
 
     def place(self, storage: torch.UntypedStorage, tensor: torch.Tensor | None = None) -> int | None:
         """Index of the block that holds the whole storage; None if it goes by torch's own handle.
