@@ -18,6 +18,7 @@ from tpool.messages import (
     JobOpened,
     JobSealed,
     JobSubmitted,
+    LoanWanted,
     PoolClosed,
     PoolTerminated,
     RecallSettled,
@@ -32,6 +33,7 @@ from tpool.messages import (
     WorkerBecameReady,
     WorkerExited,
     WorkerId,
+    WorkerReturned,
 )
 from tpool.scheduler import MAX_START_FAILURES, START_GRACE_SECONDS, Scheduler
 
@@ -145,6 +147,46 @@ class TestLayers:
         pure = {"__future__", "collections", "collections.abc", "dataclasses", "enum", "heapq", "typing"}
         inner = {"tpool.errors", "tpool.messages", *(part.__name__ for part in PARTS)}
         assert imported <= pure | inner
+
+
+class TestLending:
+    def test_an_idle_worker_is_lent_and_comes_back(self) -> None:
+        world = World(2)
+        assert world.scheduler.can_lend
+        assert world.say(LoanWanted()) == [("LendWorker", 0)]
+        assert world.open(7, tasks=2) == [("SendTasks", 1, [(7, 0)])]
+        assert world.scheduler.wants_workers
+        assert world.say(WorkerReturned(WorkerId(0))) == [("SendTasks", 0, [(7, 1)])]
+        assert not world.scheduler.wants_workers
+
+    def test_nobody_is_lent_where_nobody_is_idle(self) -> None:
+        world = World(1)
+        world.open(7, tasks=1)
+        assert not world.scheduler.can_lend
+        assert world.say(LoanWanted()) == []
+
+    def test_nobody_is_lent_whose_tasks_are_counted(self) -> None:
+        assert World(1, max_tasks=5).say(LoanWanted()) == []
+
+    def test_a_lent_worker_that_exits_is_replaced(self) -> None:
+        world = World(1)
+        world.say(LoanWanted())
+        assert world.exit(0) == [("StartWorker", 1, 0)]
+
+    def test_a_closed_pool_wants_its_workers_back(self) -> None:
+        world = World(1)
+        world.say(LoanWanted())
+        assert world.say(PoolClosed()) == []
+        assert world.scheduler.wants_workers
+        assert world.say(LoanWanted()) == []
+        assert world.say(WorkerReturned(WorkerId(0))) == [("RetireWorker", 0)]
+
+    def test_a_terminated_pool_kills_what_is_lent(self) -> None:
+        world = World(1)
+        world.say(LoanWanted())
+        assert world.say(PoolTerminated("stopped")) == [("KillWorker", 0)]
+        assert world.say(WorkerReturned(WorkerId(0))) == []  # too late
+        assert world.exit(0) == [("EndPool", None)]
 
 
 class TestJobs:

@@ -30,6 +30,8 @@ from tpool.messages import (
     JobOpened,
     JobSealed,
     KillWorker,
+    LendWorker,
+    LoanWanted,
     PoolClosed,
     PoolTerminated,
     RecallSettled,
@@ -50,6 +52,7 @@ from tpool.messages import (
     WorkerBecameReady,
     WorkerExited,
     WorkerId,
+    WorkerReturned,
 )
 from tpool.scheduler import MAX_START_FAILURES, START_GRACE_SECONDS, Scheduler
 
@@ -251,6 +254,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.said_at >= worker.since + RECALL_SECONDS, "recalled too early"
         worker.state = "asked"
 
+    def do_LendWorker(self, action: LendWorker) -> None:
+        worker = self.workers[action.worker]
+        assert worker in self.idle(), "lent, but busy or not ready"
+        assert not self.waiting(), "lent while something is queued"
+        assert not self.over(), "lent after the end"
+        assert self.max_tasks is None
+        worker.state = "lent"
+
     def do_RetireWorker(self, action: RetireWorker) -> None:
         worker = self.workers[action.worker]
         assert worker in self.idle(), "told to retire, but busy or not ready"
@@ -342,6 +353,22 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not self.unresolved, "ended with a task left"
         assert action.error == (self.stopped[1] if self.stopped else None)
         self.ended = True
+
+    # Lending --------------------------------------------------------------------------------------------------
+
+    @rule()
+    def want_a_loan(self) -> None:
+        before = len(self.working("lent"))
+        wanted = self.max_tasks is None and self.idle() and not self.over()
+        self.say(LoanWanted())
+        assert len(self.working("lent")) == before + bool(wanted)
+
+    @precondition(lambda self: self.working("lent"))
+    @rule(data=st.data())
+    def return_a_worker(self, data: st.DataObject) -> None:
+        worker = data.draw(st.sampled_from(self.working("lent")), label="worker")
+        worker.state = "ready"
+        self.say(WorkerReturned(WorkerId(worker.id)))
 
     # What callers and the feeder do -------------------------------------------------------------------------------
 
@@ -775,6 +802,9 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.become_ready(worker)
             elif worker.state == "settling":
                 self.settle_recall(worker)
+            elif worker.state == "lent" and self.scheduler.wants_workers:
+                worker.state = "ready"
+                self.say(WorkerReturned(WorkerId(worker.id)))
             elif worker.state in ("retiring", "killed"):
                 self.lose(worker, 0)
             elif worker.held:

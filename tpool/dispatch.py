@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Iterable
 
 from tpool.deadlines import Deadlines
-from tpool.messages import Action, RecallTasks, RetireWorker, SendTasks, Task
+from tpool.messages import Action, LendWorker, RecallTasks, RetireWorker, SendTasks, Task
 from tpool.roster import AHEAD_SECONDS, MAX_BATCH, Job, SoloJob, Worker, WorkerState
 
 __all__ = ["AHEAD_SECONDS", "MAX_BATCH", "RECALL_SECONDS", "Dispatcher"]
@@ -131,6 +131,23 @@ class Dispatcher:
         self._loaded.pop(worker, None)
         if worker is self._asked:
             self._asked = None
+
+    @property
+    def has_queued(self) -> bool:
+        """Whether any job has queued tasks."""
+        return bool(self._ring)
+
+    @property
+    def can_lend(self) -> bool:
+        """Whether a worker is idle that may be lent: one whose tasks need not be counted."""
+        return bool(self.idle) and self._max_tasks is None
+
+    def lend(self) -> None:
+        """Lend an idle worker: the one that would be sent something next."""
+        worker = next(reversed(self.idle))
+        self.withdraw(worker)
+        worker.state = WorkerState.LENT
+        self.out.append(LendWorker(worker.id))
 
     def retire(self, worker: Worker) -> None:
         """Let a worker go that holds nothing."""

@@ -14,13 +14,14 @@ from tpool.messages import (
     Event,
     JobId,
     KillWorker,
+    LendWorker,
     RecallTasks,
     RetireWorker,
     SendTasks,
     StartWorker,
 )
 
-WorkerAction = StartWorker | SendTasks | RecallTasks | RetireWorker | KillWorker
+WorkerAction = StartWorker | SendTasks | LendWorker | RecallTasks | RetireWorker | KillWorker
 
 
 @dataclass(slots=True, eq=False)
@@ -78,10 +79,14 @@ class Engine(Protocol):
             waiting for memory is hopeless once no worker runs anything.
         awaits_earlier: set by the handler: whether results of a stream are held back only until an earlier one comes.
             Its worker must not wait for the memory that they hold.
+        pressing: set by the handler before ``wait``: lent workers are needed back.
+        can_lend: likewise: some worker is idle and might be lent.
     """
 
     may_give_back: Callable[[], bool]
     awaits_earlier: Callable[[], bool]
+    pressing: bool
+    can_lend: bool
 
     def encode(self, obj: Any, patient: bool = False) -> Encoded:
         """Make an object ready to be sent, in the caller's thread; may wait for memory.
@@ -98,6 +103,17 @@ class Engine(Protocol):
 
     def encode_call(self, function: Any, args: tuple[Any, ...], kwds: dict[str, Any]) -> Encoded:
         """Make a whole call ready to be sent, as ``encode`` does."""
+
+    def call_now(self, job: JobId, payload: Encoded) -> Result | WorkerLoss | None:
+        """Make a call in a lent worker, in the caller's thread, and wait for its answer.
+
+        Args:
+            job: names the call.
+            payload: from ``encode_call``.
+
+        Returns:
+            The result; why the worker was lost that ran it; or None: it did not run, and is to be submitted.
+        """
 
     def encoded_nbytes(self, encoded: Encoded) -> int:
         """How much memory an encoded object takes while it waits to be sent and used."""

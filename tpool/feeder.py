@@ -22,7 +22,7 @@ from tpool.streams import Stream
 # Enough that no worker waits while the consumer is a little slow; each one more holds one more result in memory.
 TASKS_PER_WORKER = 4
 # For microsecond tasks: several messages' worth for each worker. More gained nothing, and delays the end of a stream.
-MAX_TASKS_PER_WORKER = 1024
+MAX_TASKS_PER_WORKER = 512
 WIDE_TASK_SECONDS = 200e-6
 LOOK_AGAIN = 16
 WIDE_ITEM_NBYTES = 4096

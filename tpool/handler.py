@@ -39,6 +39,7 @@ from tpool.messages import (
     JobOpened,
     JobSubmitted,
     KillWorker,
+    LendWorker,
     PoolTerminated,
     RecallTasks,
     ResolveTasks,
@@ -99,6 +100,7 @@ class Handler:
         self._followups: deque[Event] = deque()
         self._begun = threading.Event()
         self._ended = threading.Event()
+        self.terminating = False  # nobody should be told that a worker was lost
         self._last_words: Failure | SharedFailure | None = None  # what tasks without an outcome get, once known
         self.error: Failure | SharedFailure | None = None  # why the pool ended by itself
         self.tasks_done = 0
@@ -108,6 +110,7 @@ class Handler:
         self._actions: dict[type[Any], Callable[[Any], None]] = {
             StartWorker: self._pass_on,
             SendTasks: self._pass_on,
+            LendWorker: self._pass_on,
             RecallTasks: self._pass_on,
             RetireWorker: self._pass_on,
             KillWorker: self._pass_on,
@@ -137,7 +140,7 @@ class Handler:
         self, sink: Sink, mode: int, function: Encoded | None = None, batch: int = 1, rules: Rules | None = None
     ) -> JobId:
         """Make a job known, before its tasks."""
-        job = JobId(next(self._job_ids))
+        job = self.new_job()
         self._sinks[job] = sink
         self.engine.open_job(job, mode, function)
         self.post(JobOpened(job, batch, rules))
@@ -145,11 +148,15 @@ class Handler:
 
     def open_single(self, sink: Sink, mode: int, payload: Encoded, rules: Rules | None = None) -> JobId:
         """Make a job of one task known, and submit it; the handler is woken once."""
-        job = JobId(next(self._job_ids))
+        job = self.new_job()
         self._sinks[job] = sink
         self.engine.open_job(job, mode, None)
         self._post(JobSubmitted(job, [Task(job, 0, payload)], rules=rules))
         return job
+
+    def new_job(self) -> JobId:
+        """A name for a job."""
+        return JobId(next(self._job_ids))
 
     def submit(self, task: Task) -> None:
         """Add a task to the end of its job."""
@@ -195,6 +202,7 @@ class Handler:
 
     def terminate(self) -> None:
         """Stop everything; returns at once."""
+        self.terminating = True
         self.post(PoolTerminated(None))
 
     def join(self, timeout: float | None) -> bool:
@@ -269,6 +277,8 @@ class Handler:
         elif self._scheduler.wake_at is not None:
             until = max(0.0, self._scheduler.wake_at - monotonic())
             timeout = until if timeout is None else min(until, timeout)
+        self.engine.pressing = self._scheduler.wants_workers
+        self.engine.can_lend = self._scheduler.can_lend
         events = self.engine.wait(timeout)
         self._asleep = False
         for event in events:

@@ -137,6 +137,18 @@ class InitializerFailed:
 
 
 @dataclass(slots=True, eq=False)
+class LoanWanted:
+    """A caller would like to talk to a worker directly."""
+
+
+@dataclass(slots=True, eq=False)
+class WorkerReturned:
+    """A lent worker is the scheduler's again, and idle."""
+
+    worker: WorkerId
+
+
+@dataclass(slots=True, eq=False)
 class TasksFinished:
     """A worker answered. ``results`` are (job, index, result, seconds the task ran), in the order they were sent."""
 
@@ -217,6 +229,8 @@ Event = (
     | JobCancelled
     | WorkerBecameReady
     | InitializerFailed
+    | LoanWanted
+    | WorkerReturned
     | TasksFinished
     | TaskFaltered
     | TasksRecalled
@@ -245,6 +259,13 @@ class SendTasks:
 
     worker: WorkerId
     tasks: list[Task]
+
+
+@dataclass(slots=True, eq=False)
+class LendWorker:
+    """Let callers talk to this idle worker directly, until WorkerReturned or its exit."""
+
+    worker: WorkerId
 
 
 @dataclass(slots=True, eq=False)
@@ -326,6 +347,7 @@ class EndPool:
 Action = (
     StartWorker
     | SendTasks
+    | LendWorker
     | RecallTasks
     | RetireWorker
     | KillWorker

@@ -10,7 +10,8 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from tpool.engine import Engine
+from tpool.direct import call_directly
+from tpool.engine import Encoded, Engine, Result
 from tpool.feeder import Feeder
 from tpool.futures import AsyncResult
 from tpool.gate import Gate
@@ -65,10 +66,24 @@ class Opener:
     ) -> None:
         """Make a job of one call."""
         try:
-            payload = self._engine.encode_call(_guarded(func, limits), args, dict(kwds))
+            payload = self.encode(func, args, kwds, limits)
         except Exception as error:  # as in the standard library: the result says so, not this call
             result.resolve(0, Failure(error))
             return
+        self.open_encoded(result, payload, limits)
+
+    def encode(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwds: Mapping[str, Any], limits: Limits
+    ) -> Encoded:
+        """A whole call, ready to be sent."""
+        return self._engine.encode_call(_guarded(func, limits), args, dict(kwds))
+
+    def call_directly(self, payload: Encoded, story: str) -> Result | None:
+        """Make a call now if a worker is to be had for it; see ``direct.py``."""
+        return call_directly(self._engine, self._handler, payload, story)
+
+    def open_encoded(self, result: AsyncResult[Any], payload: Encoded, limits: Limits) -> None:
+        """Make a job of one call that was encoded."""
         with self._gate.lock:
             self._gate.check_running()
             result._job = self._handler.open_single(result, Mode.APPLY, payload, limits.rules)

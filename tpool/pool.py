@@ -28,7 +28,7 @@ from tpool.local.setup import Settings, check_platform, refuse_fork_after_cuda
 from tpool.maps import MapCalls
 from tpool.messages import JobId, PoolClosed
 from tpool.opening import Opener
-from tpool.results import Callbacks
+from tpool.results import Callbacks, finish
 from tpool.scheduler import Scheduler
 from tpool.stats import PoolStats
 
@@ -148,7 +148,18 @@ class Pool(MapCalls):
             WorkerLostError: the worker died while it ran this call.
             TaskTimeoutError: the call ran for longer than ``timeout``.
         """
-        return self.apply_async(func, args, kwds, timeout=timeout, retries=retries, retry_on=retry_on).get()
+        self._gate.check_running()
+        limits = self._limits.override(timeout, retries, retry_on)
+        story = f"apply({options.describe(func)})"
+        payload = self._opener.encode(func, tuple(args), kwds or {}, limits)
+        if limits.rules is None:
+            answer = self._opener.call_directly(payload, story)
+            if answer is not None:
+                value: T = finish(answer)
+                return value
+        result: AsyncResult[T] = AsyncResult(self, story, self._callbacks)
+        self._opener.open_encoded(result, payload, limits)
+        return result.get()
 
     def apply_async(
         self,
@@ -280,7 +291,7 @@ class Pool(MapCalls):
         """What the pool has done so far; from any thread."""
         handler, traffic = self._handler, self._engine.traffic
         return PoolStats(
-            handler.tasks_done,
+            handler.tasks_done + self._engine.calls,
             handler.workers_lost,
             traffic.moved_nbytes,
             traffic.piped_nbytes,

@@ -170,3 +170,15 @@ def decode(result: Result) -> tuple[bool, Any]:
     except BaseException as error:  # unpickling runs user code; its failure is this task's outcome
         return False, error
     return not result.failed, value
+
+
+def finish(result: Result) -> Any:
+    """The value of a result, decoded now.
+
+    Raises:
+        BaseException: what it holds instead.
+    """
+    succeeded, value = decode(result)
+    if not succeeded:
+        raise value
+    return value

@@ -33,6 +33,7 @@ class WorkerState(enum.Enum):
 
     STARTING = enum.auto()
     READY = enum.auto()
+    LENT = enum.auto()
     ASKED = enum.auto()
     SETTLING = enum.auto()
     RETIRING = enum.auto()

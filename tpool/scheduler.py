@@ -15,6 +15,8 @@ sent which task is ``dispatch.py``'s. A worker goes one way, and may be recalled
           RecallTasks ▼  │ nothing was taken back, or RecallSettled
                      ASKED ─TasksRecalled─► SETTLING
 
+    READY, while nothing is queued ─LendWorker─► LENT ─WorkerReturned─► READY
+
     any state ─KillWorker─► KILLED ─exited─► (gone)
 
 Invariants (:meth:`Scheduler.check`; the property test checks the same from outside):
@@ -48,6 +50,7 @@ from tpool.messages import (
     JobOpened,
     JobSealed,
     JobSubmitted,
+    LoanWanted,
     PoolClosed,
     PoolTerminated,
     RecallSettled,
@@ -62,6 +65,7 @@ from tpool.messages import (
     WorkerBecameReady,
     WorkerExited,
     WorkerId,
+    WorkerReturned,
 )
 from tpool.roster import Worker, WorkerState
 
@@ -204,6 +208,28 @@ class Scheduler:
         self._start_failures = 0
         self._dispatcher.place(worker)
 
+    @property
+    def wants_workers(self) -> bool:
+        """Whether lent workers are needed back: something is queued that nobody is idle for, or the pool is over."""
+        return self._dispatcher.has_queued or self._is_over()
+
+    @property
+    def can_lend(self) -> bool:
+        """Whether there is a worker for LoanWanted."""
+        return self._dispatcher.can_lend
+
+    def _loan_wanted(self, event: LoanWanted) -> None:
+        if self._dispatcher.can_lend and not self._is_over():
+            self._dispatcher.lend()
+
+    def _worker_returned(self, event: WorkerReturned) -> None:
+        worker = self._workers.get(event.worker)
+        if worker is None or worker.state is WorkerState.KILLED:
+            return  # Legal: its exit, or the end of the pool, came in between.
+        assert worker.state is WorkerState.LENT, f"worker {worker.id} was returned in state {worker.state.name}"
+        worker.state = WorkerState.READY
+        self._dispatcher.place(worker)
+
     def _initializer_failed(self, event: InitializerFailed) -> None:
         worker = self._worker(event.worker, "failed to initialize")
         if worker.state is WorkerState.KILLED:
@@ -339,6 +365,8 @@ class Scheduler:
         JobCancelled: _job_cancelled,
         WorkerBecameReady: _worker_became_ready,
         InitializerFailed: _initializer_failed,
+        LoanWanted: _loan_wanted,
+        WorkerReturned: _worker_returned,
         TasksFinished: _tasks_finished,
         TaskFaltered: _task_faltered,
         TasksRecalled: _tasks_recalled,

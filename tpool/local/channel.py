@@ -228,3 +228,18 @@ def channel_pair() -> tuple[socket.socket, socket.socket]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     ours.setblocking(False)
     return ours, theirs
+
+
+def connection() -> tuple[socket.socket, socket.socket, int]:
+    """What joins a parent and a worker: a ``channel_pair``, and a semaphore of claims (an eventfd), non-blocking.
+
+    Raises:
+        OSError: this process is at its limit of descriptors; nothing is left open.
+    """
+    ours, theirs = channel_pair()
+    try:
+        return ours, theirs, os.eventfd(0, os.EFD_SEMAPHORE | os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    except OSError:
+        ours.close()
+        theirs.close()
+        raise

@@ -22,15 +22,15 @@ import select
 import signal
 from collections.abc import Callable
 from time import monotonic
-from typing import Any
 
-from tpool.engine import WorkerAction
+from tpool.engine import Result, WorkerAction, WorkerLoss
 from tpool.errors import ProtocolError
-from tpool.local import wire
-from tpool.local.channel import Channel, channel_pair
+from tpool.local.channel import Channel, Frame, connection
 from tpool.local.crew import Crew
+from tpool.local.encoding import Encoder
 from tpool.local.hunger import STARVING_SECONDS, Hunger
 from tpool.local.launch import Launched, Launcher, LaunchEvent, LaunchFailed, Reaped
+from tpool.local.lending import Lending
 from tpool.local.lingering import Lingering
 from tpool.local.member import Member
 from tpool.local.poller import Poller
@@ -40,6 +40,7 @@ from tpool.messages import (
     Event,
     JobId,
     KillWorker,
+    LendWorker,
     RecallTasks,
     RetireWorker,
     SendTasks,
@@ -48,14 +49,13 @@ from tpool.messages import (
     WorkerExited,
 )
 from tpool.tensors.payload import Payload
-from tpool.tensors.plain import dumps_plain
 
 # How long the exit status of an ended worker is waited for. The zygote answers within a millisecond, unless it was
 # stopped or the machine is very busy; then only the status in a message is lost.
 REAP_SECONDS = 0.25
 
 
-class LocalEngine:
+class LocalEngine(Encoder):
     """Runs workers as processes of this machine; see ``tpool.engine.Engine``.
 
     Args:
@@ -72,7 +72,9 @@ class LocalEngine:
         self._hungry = False  # somebody waits for memory: idle memory of ours is to be found and given up
         self.may_give_back: Callable[[], bool] = lambda: False
         self.awaits_earlier: Callable[[], bool] = lambda: False
+        self.pressing = self.can_lend = False
         self._memory = PoolMemory(settings, self._hunger.wait)
+        super().__init__(self._memory.codec, self._hunger)
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._initializer: Payload | None = None
         try:
@@ -87,6 +89,7 @@ class LocalEngine:
         self._unreaped: dict[int, float] = {}  # ended workers whose status is due, until when
         self._launched = 0
         self._poller = Poller()
+        self._lending = Lending(self._poller, self.wake, self._watch_channel, self._understand, self._poller.flush)
         # Edge-triggered, so that it need not be read: a system call less, in which another thread could take the
         # interpreter lock away from the handler.
         self._poller.watch(self._wake_fd, lambda mask, events: None, select.EPOLLET)
@@ -100,38 +103,28 @@ class LocalEngine:
 
     # Any thread -----------------------------------------------------------------------------------------------------
 
-    def encode(self, obj: Any, patient: bool = False) -> Payload | bytes:
-        """See Engine."""
-        stream = dumps_plain(obj)
-        if stream is not None:
-            return stream
-        self._hunger.set_patience(patient)
-        return self._memory.codec.dumps(obj)
-
-    def encode_call(self, function: Any, args: tuple[Any, ...], kwds: dict[str, Any]) -> Payload | bytes:
-        """See Engine."""
-        self._hunger.set_patience(False)
-        return self._memory.codec.dumps_call(function, args, kwds)
-
-    def encoded_nbytes(self, encoded: Payload | bytes) -> int:
-        """See Engine."""
-        if isinstance(encoded, bytes):
-            return len(encoded)
-        if type(encoded.data) is bytes:
-            nbytes = len(encoded.data)
-            return nbytes + wire.moved_nbytes(encoded) if encoded.blocks else nbytes
-        return wire.moved_nbytes(encoded)
-
     def open_job(self, job: JobId, mode: int, function: Payload | bytes | None) -> None:
         """See Engine."""
         if function is not None:
             self._crew.jobs[job] = (mode, function)
 
+    def call_now(self, job: JobId, payload: Payload | bytes) -> Result | WorkerLoss | None:
+        """See Engine."""
+        if not isinstance(payload, bytes) and (payload.blocks or payload.fds or not isinstance(payload.data, bytes)):
+            return None  # the handler counts what moves
+        borrowed = self._lending.loans.borrow()
+        return None if borrowed is None else borrowed.loan.call(job, payload, borrowed)
+
+    @property
+    def calls(self) -> int:
+        """How many calls were answered by lent workers."""
+        return self._lending.calls
+
     def wake(self) -> None:
         """See Engine."""
         try:
             os.eventfd_write(self._wake_fd, 1)
-        except OSError:
+        except (OSError, ValueError):
             return  # closed meanwhile: nobody is left to wake
 
     # Actions --------------------------------------------------------------------------------------------------------
@@ -153,16 +146,21 @@ class LocalEngine:
             member.put_tasks(action.tasks)
             if member.held > 1:
                 self._poller.ahead[member.id] = member
-            self._flush(member)
+            self._poller.flush(member)
+        elif isinstance(action, LendWorker):
+            self._lending.lend(member)
         elif isinstance(action, RecallTasks):
             return [TasksRecalled(action.worker, member.recall())]
         elif isinstance(action, RetireWorker):
-            member.put_news()
-            member.channel.put(Kind.RETIRE, b"")
-            self._flush(member)
+            self._retire(member)
         elif isinstance(action, KillWorker):
             return self._kill(member)
         return []
+
+    def _retire(self, member: Member) -> None:
+        member.put_news()
+        member.channel.put(Kind.RETIRE, b"")
+        self._poller.flush(member)
 
     def _kill(self, member: Member) -> list[Event]:
         if member.pidfd is not None:
@@ -176,9 +174,13 @@ class LocalEngine:
         return events
 
     def _start(self, action: StartWorker) -> list[Event]:
-        ours, theirs = channel_pair()
-        claims_fd = os.eventfd(0, os.EFD_SEMAPHORE | os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         slot = int(action.slot)
+        try:
+            ours, theirs, claims_fd = connection()
+        except OSError as error:  # at the limit of descriptors
+            story = f"could not be started: {error}"
+            loss = WorkerLoss(f"worker {action.worker} (slot {slot})", None, None, False, story)
+            return [WorkerExited(action.worker, 0, loss)]
         member = Member(action.worker, slot, Channel(ours), claims_fd, self._memory, self._crew)
         self._members[action.worker] = member
         self._launched += 1
@@ -186,8 +188,8 @@ class LocalEngine:
         member.channel.put(Kind.HELLO, hello, fds)
         if self._initializer is not None:
             member.put_initializer(self._initializer)
-        self._poller.watch(member.channel.fileno(), lambda mask, events: self._on_channel(member, mask, events))
-        self._flush(member)
+        self._watch_channel(member)
+        self._poller.flush(member)
         events: list[Event] = []
         with theirs:
             self._take_launch_events(self._launcher.launch(action.worker, theirs.fileno(), claims_fd), events)
@@ -199,40 +201,32 @@ class LocalEngine:
         """See Engine."""
         ready: list[tuple[int, int]] = []
         if self._lingering:
-            self._lingering.dismiss(self._flush)
+            self._lingering.dismiss(self._poller.flush)
+        events = self._lending.before_waiting(self.pressing or self._hungry, self.can_lend)
+        if events:
+            return events
         if timeout == 0 or self._hungry or self._has_news():
             # News travels with the next message, if there is one to come at once.
             ready = self._poller.look()
             if not ready:
                 self._tidy_up()
         if not ready and timeout != 0:
-            self._hungry = self._hunger.check(self._members.values(), self._crew.starving, self, self._flush)
+            self._hungry = self._hunger.check(self._members.values(), self._crew.starving, self, self._poller.flush)
             if self._hungry:
                 timeout = STARVING_SECONDS if timeout is None else min(timeout, STARVING_SECONDS)
             if self._unreaped:
                 timeout = REAP_SECONDS if timeout is None else min(timeout, REAP_SECONDS)
             ready = self._poller.block(timeout)
-        events: list[Event] = []
         if self._unreaped:
             self._stop_waiting_for_status(events)
         self._poller.read(ready, events)
-        if self._poller.ahead:
-            self._take_outboxes(events)
+        self._poller.take_outboxes(events, self._give_up)
+        self._lending.take_handed_over(events)
         self._hunger.tell_news()
         return events
 
-    def _take_outboxes(self, events: list[Event]) -> None:
-        for member in list(self._poller.ahead.values()):
-            try:
-                member.take_outbox(events)
-            except ProtocolError as error:
-                self._give_up(member, error)
-            if not member.held:
-                del self._poller.ahead[member.id]
-
     def _give_up(self, member: Member, error: ProtocolError) -> None:
-        self._poller.unwatch(member.channel.fileno())
-        self._poller.ahead.pop(member.id, None)
+        self._poller.forget(member)
         member.give_up(f"sent something that is no message of ours ({error})")
 
     def _has_news(self) -> bool:
@@ -242,30 +236,47 @@ class LocalEngine:
         """Before this thread blocks: give back what died, so that nobody waits for it."""
         self._memory.table.collect()
         for member in self._members.values():
-            if member.pidfd is not None and not member.ended and member.put_news():
-                self._flush(member)
+            if member.lent:
+                self._lending.touch(member, lambda member=member: self._tell(member))  # type: ignore[misc]
+            elif member.pidfd is not None and not member.ended:
+                self._tell(member)
+
+    def _tell(self, member: Member) -> None:
+        if member.put_news():
+            self._poller.flush(member)
+
+    def _watch_channel(self, member: Member) -> None:
+        self._poller.watch(member.channel.fileno(), lambda mask, events: self._on_channel(member, mask, events))
 
     def _on_channel(self, member: Member, mask: int, events: list[Event]) -> None:
         if mask & select.EPOLLOUT:
-            self._flush(member)
+            self._poller.flush(member)
         if mask & ~select.EPOLLOUT:
             self._read(member, events)
 
     def _read(self, member: Member, events: list[Event]) -> bool:
         """Read once; returns whether more may come."""
         try:
-            member.understand(member.channel.receive(), events)
-            if member.token is not None and not member.ended:
-                self._let_linger(member, member.token, events)
+            return self._understand(member, member.channel.receive(), events)
         except BlockingIOError:
             return False
-        except ProtocolError as error:
+        except ProtocolError as error:  # the bytes are no frames
             self._give_up(member, error)
             return False
         except (EOFError, OSError):
             # It is exiting, and a signal changes nothing any more; or it closed its descriptors and is of no use.
             self._poller.unwatch(member.channel.fileno())
             member.kill()
+            return False
+
+    def _understand(self, member: Member, frames: list[Frame], events: list[Event]) -> bool:
+        """Add the events of its frames; returns whether more may come."""
+        try:
+            member.understand(frames, events)
+            if member.token is not None and not member.ended:
+                self._let_linger(member, member.token, events)
+        except ProtocolError as error:
+            self._give_up(member, error)
             return False
         return True
 
@@ -274,11 +285,9 @@ class LocalEngine:
         member.token = None
         watch = self._memory.table.watch(*token, self.wake)
         if watch is None:
-            member.channel.put(Kind.RETIRE, b"")
-            self._flush(member)
+            self._retire(member)
             return
-        self._poller.unwatch(member.channel.fileno())
-        self._poller.ahead.pop(member.id, None)
+        self._poller.forget(member)
         del self._members[member.id]
         self._lingering.add(member, watch)
         events.append(WorkerExited(member.id, member.drain_claims(), member.leave()))
@@ -334,12 +343,11 @@ class LocalEngine:
 
     def _stop_waiting_for_status(self, events: list[Event]) -> None:
         """A worker has ended, but a zygote that hangs does not say how."""
-        now = monotonic()
         for worker, deadline in list(self._unreaped.items()):
             member = self._members.get(worker)
             if member is None:
                 del self._unreaped[worker]
-            elif now >= deadline:
+            elif monotonic() >= deadline:
                 member.reaped = True
                 self._finish_if_gone(member, events)
 
@@ -347,29 +355,22 @@ class LocalEngine:
         """Believe the death: but first hear what the dead one had still said."""
         if not (member.ended and member.reaped) or member.id not in self._members:
             return
+        in_use = self._lending.in_use(member)
         while self._poller.watches(member.channel.fileno()) and self._read(member, events):
             pass
+        self._lending.settle(events)
         if not member.story:
             with contextlib.suppress(ProtocolError):
                 member.take_outbox(events)
-        self._poller.ahead.pop(member.id, None)
+        self._poller.forget(member)
         del self._members[member.id]
-        self._poller.unwatch(member.channel.fileno())
         unstarted = member.drain_claims()
-        events.append(WorkerExited(member.id, unstarted, member.bury()))
+        loss = member.bury(leave_open=in_use)
+        if self._lending.bury(member, unstarted, loss, in_use):
+            unstarted = 0  # not the scheduler's
+        events.append(WorkerExited(member.id, unstarted, loss))
 
-    # Descriptors ----------------------------------------------------------------------------------------------------
-
-    def _flush(self, member: Member) -> None:
-        """Write what the socket takes; epoll tells when it takes more."""
-        try:
-            done = member.channel.flush()
-        except OSError:
-            return  # the worker is gone; its exit is on the way
-        fd = member.channel.fileno()
-        if done is member.watching_write and self._poller.watches(fd):
-            member.watching_write = not done
-            self._poller.watch_writable(fd, not done)
+    # The end -------------------------------------------------------------------------------------------------------
 
     def _close_inherited(self, sock_fd: int, claims_fd: int) -> None:
         """In a forked worker: close the parent's ends, so that no sibling's channel is held open by us."""
@@ -386,6 +387,7 @@ class LocalEngine:
         for member in self._members.values():
             member.close()
         self._lingering.close(self._launcher)
+        self._lending.loans.close()
         self._launcher.close()
         self._poller.close()
         wake_fd, self._wake_fd = self._wake_fd, -1

@@ -106,7 +106,9 @@ class Hunger:
         elif self._hopeless_since is None:
             self._hopeless_since = monotonic()
             for member in members:
-                if not member.starving:  # a worker that sleeps keeps its free memory until it is asked
+                if not (
+                    member.starving or member.lent
+                ):  # a worker that sleeps keeps its free memory until it is asked
                     member.put_trim()
                     flush(member)
         else:

@@ -96,7 +96,15 @@ class ZygoteLauncher:
 
     def launch(self, token: int, sock_fd: int, claims_fd: int) -> list[LaunchEvent]:
         """See Launcher. The descriptors are duplicated until the zygote has answered."""
-        self._waiting[token] = (os.dup(sock_fd), os.dup(claims_fd))
+        fds: list[int] = []
+        try:
+            fds += [os.dup(sock_fd)]
+            fds += [os.dup(claims_fd)]
+        except OSError as error:  # at the limit of descriptors
+            for fd in fds:
+                os.close(fd)
+            return [LaunchFailed(token, str(error))]
+        self._waiting[token] = (fds[0], fds[1])
         self._request(token)
         return []
 

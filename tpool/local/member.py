@@ -18,6 +18,7 @@ from tpool.local import wire
 from tpool.local.answers import LocalResult, PlainResult
 from tpool.local.channel import Channel, Frame
 from tpool.local.crew import Crew
+from tpool.local.orders import Orders
 from tpool.local.setup import PoolMemory
 from tpool.local.wire import Kind, Status
 from tpool.messages import (
@@ -25,13 +26,12 @@ from tpool.messages import (
     InitializerFailed,
     JobId,
     RecallSettled,
-    Task,
     TaskFaltered,
     TasksFinished,
     WorkerBecameReady,
     WorkerId,
 )
-from tpool.tensors.payload import GroupId, Payload, Received
+from tpool.tensors.payload import Received
 
 logger = logging.getLogger("tpool")
 
@@ -44,8 +44,8 @@ _ERROR = int(Status.ERROR)
 Results = list[tuple[JobId, int, Any, float]]
 
 
-class Member:
-    """One worker process. ``_sent_*`` say what it has been told once and need not be told again.
+class Member(Orders):
+    """One worker process.
 
     Args:
         id: the scheduler's name for it.
@@ -59,30 +59,20 @@ class Member:
     def __init__(
         self, id: WorkerId, slot: int, channel: Channel, claims_fd: int, memory: PoolMemory, crew: Crew
     ) -> None:
+        super().__init__(slot, channel, claims_fd, memory, crew)
         self.id = id
         self.slot = slot
-        self.channel = channel
-        self.claims_fd = claims_fd
         self.pid: int | None = None
         self.pidfd: int | None = None
-        self.starving = False
         self.ended = False  # the pidfd says that the process has ended
         self.reaped = False
         self.exitcode: int | None = None
         self.story = ""  # why we gave it up, where it was us
         self.watching_write = False
-        self.held = 0  # tasks sent and neither answered nor taken back
+        self.lent = False  # to a caller: hands off its channel
         self.outbox = memory.outbox(slot)
         self.token: tuple[int, int] | None = None  # it has retired, but for CUDA memory; see lingering
-        self._memory = memory
         self._codec = memory.codec
-        self._peer = memory.peers[slot]
-        self._crew = crew
-        self._traffic = crew.traffic
-        self._sent_arenas = {arena.id for arena in memory.worker_arenas(slot)}
-        self._sent_groups: set[GroupId] = set()
-        self._sent_jobs: set[JobId] = set()
-        self._forget_jobs: list[int] = []
         self._unsettled = 0
         self._ready = False
         self._doomed = False  # to be killed as soon as it has a process
@@ -90,109 +80,7 @@ class Member:
     def __str__(self) -> str:
         return f"worker {self.id} (slot {self.slot})"
 
-    # To the worker --------------------------------------------------------------------------------------------------
-
-    def put_initializer(self, payload: Payload) -> None:
-        """Tell it what to run before its first task."""
-        self._put_prerequisites(payload)
-        self.channel.put(Kind.INITIALIZER, wire.pack_payload(payload), tuple(payload.fds))
-
-    def put_tasks(self, tasks: list[Task]) -> None:
-        """Give it tasks, with what it must know for them."""
-        plain = [(task.job, task.index, task.payload) for task in tasks if type(task.payload) is bytes]
-        for job in dict.fromkeys([task.job for task in tasks]):
-            if job not in self._sent_jobs:
-                self._put_job(job)
-        fds: list[int] = []
-        if len(plain) == len(tasks):
-            kind, body = Kind.PLAIN_TASKS, wire.pack_plain_tasks(plain)
-        else:
-            kind, body = Kind.TASKS, self._pack_tasks(tasks, fds)
-        self._traffic.piped_nbytes += len(body)
-        # Before the tasks: a worker that finds no claim believes that its tasks were taken back.
-        os.eventfd_write(self.claims_fd, len(tasks))
-        self.held += len(tasks)
-        self.channel.put(kind, body, tuple(fds))
-        self.put_news()
-
-    def _pack_tasks(self, tasks: list[Task], fds: list[int]) -> bytes:
-        """The body of a message of tasks; their descriptors are added to ``fds``."""
-        parts: list[bytes] = []
-        for task in tasks:
-            payload: Payload | bytes = task.payload
-            if not isinstance(payload, bytes):
-                self._put_prerequisites(payload)
-                fds += payload.fds
-            parts.append(wire.TASK.pack(task.job, task.index))
-            parts.append(wire.pack_payload(payload))
-        return b"".join(parts)
-
-    def _put_job(self, job: JobId) -> None:
-        known = self._crew.jobs.get(job)
-        if known is None:
-            return  # an apply: the task brings its function along
-        self._sent_jobs.add(job)
-        mode, payload = known
-        fds: tuple[int, ...] = ()
-        if not isinstance(payload, bytes):
-            self._put_prerequisites(payload)
-            fds = tuple(payload.fds)
-        self.channel.put(Kind.JOB, wire.JOB.pack(job, mode) + wire.pack_payload(payload), fds)
-
-    def _put_prerequisites(self, payload: Payload) -> None:
-        """What the worker must know before this payload: definitions, arenas; and its leases begin."""
-        if payload.groups:
-            for group, definition in self._memory.definitions.missing(payload.groups, self._sent_groups):
-                self._sent_groups.add(group)
-                self._lend(definition)
-                body = wire.pack_id(group) + wire.pack_payload(definition)
-                self.channel.put(Kind.GROUP, body, tuple(definition.fds))
-        self._lend(payload)
-
-    def _lend(self, payload: Payload) -> None:
-        blocks = wire.all_blocks(payload)
-        if not blocks:
-            return
-        for block in blocks:
-            arena = block.arena
-            if arena.id not in self._sent_arenas:
-                self._sent_arenas.add(arena.id)
-                self.channel.put(Kind.ARENA, wire.pack_id(arena.id), (arena.fd,))
-        self._memory.table.lend(blocks, self._peer)
-        self._traffic.moved_nbytes += sum([block.nbytes for block in blocks])
-
-    def forget_job(self, job: JobId) -> None:
-        """It need not keep this job's function."""
-        if job in self._sent_jobs:
-            self._sent_jobs.discard(job)
-            self._forget_jobs.append(job)
-            self._crew.forgetful[self] = None
-
-    def put_news(self) -> bool:
-        """What travels with the next message or before we block; returns whether there was any."""
-        give_backs = self._memory.table.take_give_backs(self._peer)
-        if give_backs:
-            self.channel.put(Kind.GIVE_BACKS, wire.pack_give_backs(give_backs))
-        if self._forget_jobs:
-            self.channel.put(Kind.FORGET, wire.pack_ids(self._forget_jobs))
-            self._forget_jobs = []
-            self._crew.forgetful.pop(self, None)
-            return True
-        return bool(give_backs)
-
-    def put_hopeless(self) -> None:
-        """Tell it that the memory it waits for will not come."""
-        self._stop_starving()
-        self.channel.put(Kind.HOPELESS, b"")
-
-    def put_grant(self) -> None:
-        """Let it have the memory that it waits for, though the budget is spent."""
-        self._stop_starving()
-        self.channel.put(Kind.GRANT, b"")
-
-    def put_trim(self) -> None:
-        """Ask it for the memory that it keeps warm and does not use."""
-        self.channel.put(Kind.TRIM, b"")
+    # Tasks -----------------------------------------------------------------------------------------------------------
 
     @property
     def may_finish(self) -> bool:
@@ -246,6 +134,15 @@ class Member:
         if results:
             events.append(TasksFinished(self.id, results))
         return bool(results)
+
+    def plain_answer(self, frames: list[Frame]) -> Any:
+        """The result in the answer to ``put_call``; None, and nothing is changed, where there is more to it."""
+        frame = frames[0]
+        if len(frames) > 1 or frame.kind != _RESULT or frame.fds or not wire.is_plain_result(frame.body):
+            return None
+        results: Results = []
+        self._add_result(frame, results)
+        return results[0][2]
 
     def _add_left(self, until: int | None, results: Results) -> None:
         codec = self._codec
@@ -318,10 +215,6 @@ class Member:
             events.append(TasksFinished(self.id, results))
         events.append(TaskFaltered(self.id, job, index, result, seconds))
 
-    def _stop_starving(self) -> None:
-        self.starving = False
-        self._crew.starving.pop(self, None)
-
     # Its end --------------------------------------------------------------------------------------------------------
 
     def launched(self, pid: int, pidfd: int) -> None:
@@ -365,10 +258,11 @@ class Member:
         self._let_go()
         return WorkerLoss(str(self), self.pid, self.exitcode, self._ready, self.story)
 
-    def bury(self) -> WorkerLoss:
-        """Let go of everything it held; returns why it is gone."""
+    def bury(self, *, leave_open: bool = False) -> WorkerLoss:
+        """Let go of everything it held, but for the channel where somebody uses that; returns why it is gone."""
         self._let_go()
-        self.close()
+        if not leave_open:
+            self.close()
         if self.pidfd is not None:
             os.close(self.pidfd)
         logger.info("%s ended, pid %s, exit code %s", self, self.pid, self.exitcode)

@@ -6,6 +6,7 @@ import contextlib
 import select
 from collections.abc import Callable
 
+from tpool.errors import ProtocolError
 from tpool.local.member import Member
 from tpool.messages import Event, WorkerId
 
@@ -47,13 +48,25 @@ class Poller:
             with contextlib.suppress(OSError):  # closed already, which unregisters
                 self._epoll.unregister(fd)
 
+    def forget(self, member: Member) -> None:
+        """Wait neither for this member's channel nor for its outbox."""
+        self.unwatch(member.channel.fileno())
+        self.ahead.pop(member.id, None)
+
     def watches(self, fd: int) -> bool:
         """Whether it is waited for."""
         return fd in self._sources
 
-    def watch_writable(self, fd: int, wanted: bool) -> None:
-        """Wait for it to become writable as well, or no longer."""
-        self._epoll.modify(fd, select.EPOLLIN | select.EPOLLOUT if wanted else select.EPOLLIN)
+    def flush(self, member: Member) -> None:
+        """Write to a member what the socket takes; it is waited for where that is not all."""
+        try:
+            done = member.channel.flush()
+        except OSError:
+            return  # the worker is gone; its exit is on the way
+        fd = member.channel.fileno()
+        if done is member.watching_write and fd in self._sources:
+            member.watching_write = not done
+            self._epoll.modify(fd, select.EPOLLIN if done else select.EPOLLIN | select.EPOLLOUT)
 
     def look(self) -> Ready:
         """What is ready now."""
@@ -83,6 +96,21 @@ class Poller:
             source = self._sources.get(fd)
             if source is not None:  # an earlier one of this round may have closed it
                 source(mask, events)
+
+    def take_outboxes(self, events: list[Event], give_up: Callable[[Member, ProtocolError], None]) -> None:
+        """Add what workers that were sent ahead left in their outboxes.
+
+        Args:
+            events: is added to.
+            give_up: called for one that left something that cannot be.
+        """
+        for member in list(self.ahead.values()):
+            try:
+                member.take_outbox(events)
+            except ProtocolError as error:
+                give_up(member, error)
+            if not member.held:
+                self.ahead.pop(member.id, None)
 
     def close(self) -> None:
         """Wait for nothing any more."""

@@ -158,6 +158,13 @@ def unpack_plain_tasks(body: bytes) -> list[tuple[int, int, bytes]]:
     return tasks
 
 
+def is_plain_result(body: bytes) -> bool:
+    """Whether the payload of a RESULT frame is all in the frame."""
+    text_nbytes = _unpack(RESULT, body)[4]
+    flags, fd_count, block_count, _ = _unpack(_PAYLOAD, body, RESULT.size + text_nbytes)
+    return not (flags or fd_count or block_count)
+
+
 def all_blocks(payload: Payload | Received) -> list[Block]:
     """Every block that a payload names, that of the pickle itself included; a new list where there are any."""
     if isinstance(payload.data, bytes):

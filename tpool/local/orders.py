@@ -1,0 +1,170 @@
+"""What a worker is told, in the order in which it has to hear it."""
+
+from __future__ import annotations
+
+import os
+
+from tpool.local import wire
+from tpool.local.channel import Channel
+from tpool.local.crew import Crew
+from tpool.local.setup import PoolMemory
+from tpool.local.wire import Kind
+from tpool.messages import JobId, Task
+from tpool.tensors.payload import GroupId, Payload
+
+__all__ = ["Orders"]
+
+
+class Orders:
+    """The parent's words to one worker. ``_sent_*`` say what it has been told once and need not be told again.
+
+    Nothing is written but by ``put_call``; whoever puts something flushes the channel.
+
+    Args:
+        slot: the worker's place.
+        channel: to it; owned.
+        claims_fd: its semaphore of claims; owned.
+        memory: the pool's.
+        crew: see there.
+
+    Attributes:
+        held: how many tasks were sent and neither answered nor taken back.
+        starving: it waits for memory.
+    """
+
+    def __init__(self, slot: int, channel: Channel, claims_fd: int, memory: PoolMemory, crew: Crew) -> None:
+        self.channel = channel
+        self.claims_fd = claims_fd
+        self.held = 0
+        self.starving = False
+        self._memory = memory
+        self._peer = memory.peers[slot]
+        self._crew = crew
+        self._traffic = crew.traffic
+        self._sent_arenas = {arena.id for arena in memory.worker_arenas(slot)}
+        self._sent_groups: set[GroupId] = set()
+        self._sent_jobs: set[JobId] = set()
+        self._forget_jobs: list[int] = []
+
+    def put_initializer(self, payload: Payload) -> None:
+        """Tell it what to run before its first task."""
+        self._put_prerequisites(payload)
+        self.channel.put(Kind.INITIALIZER, wire.pack_payload(payload), tuple(payload.fds))
+
+    def put_tasks(self, tasks: list[Task]) -> None:
+        """Give it tasks, with what it must know for them."""
+        plain = [(task.job, task.index, task.payload) for task in tasks if type(task.payload) is bytes]
+        for job in dict.fromkeys([task.job for task in tasks]):
+            if job not in self._sent_jobs:
+                self._put_job(job)
+        fds: list[int] = []
+        if len(plain) == len(tasks):
+            kind, body = Kind.PLAIN_TASKS, wire.pack_plain_tasks(plain)
+        else:
+            kind, body = Kind.TASKS, self._pack_tasks(tasks, fds)
+        self._traffic.piped_nbytes += len(body)
+        # Before the tasks: a worker that finds no claim believes that its tasks were taken back.
+        os.eventfd_write(self.claims_fd, len(tasks))
+        self.held += len(tasks)
+        self.channel.put(kind, body, tuple(fds))
+        self.put_news()
+
+    def put_call(self, job: JobId, payload: Payload | bytes) -> None:
+        """Give a worker that holds nothing one call, and write it out. By whoever has borrowed the member.
+
+        Raises:
+            OSError: it is gone; or, as BlockingIOError, not everything could be written.
+        """
+        if isinstance(payload, bytes):
+            kind, body = Kind.PLAIN_TASKS, wire.pack_plain_tasks([(job, 0, payload)])
+        else:
+            self._put_prerequisites(payload)
+            kind, body = Kind.TASKS, wire.TASK.pack(job, 0) + wire.pack_payload(payload)
+        os.eventfd_write(self.claims_fd, 1)
+        self.held = 1
+        self.channel.put(kind, body)
+        if not self.channel.flush():
+            raise BlockingIOError
+
+    def _pack_tasks(self, tasks: list[Task], fds: list[int]) -> bytes:
+        """The body of a message of tasks; their descriptors are added to ``fds``."""
+        parts: list[bytes] = []
+        for task in tasks:
+            payload: Payload | bytes = task.payload
+            if not isinstance(payload, bytes):
+                self._put_prerequisites(payload)
+                fds += payload.fds
+            parts.append(wire.TASK.pack(task.job, task.index))
+            parts.append(wire.pack_payload(payload))
+        return b"".join(parts)
+
+    def _put_job(self, job: JobId) -> None:
+        known = self._crew.jobs.get(job)
+        if known is None:
+            return  # an apply: the task brings its function along
+        self._sent_jobs.add(job)
+        mode, payload = known
+        fds: tuple[int, ...] = ()
+        if not isinstance(payload, bytes):
+            self._put_prerequisites(payload)
+            fds = tuple(payload.fds)
+        self.channel.put(Kind.JOB, wire.JOB.pack(job, mode) + wire.pack_payload(payload), fds)
+
+    def _put_prerequisites(self, payload: Payload) -> None:
+        """What the worker must know before this payload: definitions, arenas; and its leases begin."""
+        if payload.groups:
+            for group, definition in self._memory.definitions.missing(payload.groups, self._sent_groups):
+                self._sent_groups.add(group)
+                self._lend(definition)
+                body = wire.pack_id(group) + wire.pack_payload(definition)
+                self.channel.put(Kind.GROUP, body, tuple(definition.fds))
+        self._lend(payload)
+
+    def _lend(self, payload: Payload) -> None:
+        blocks = wire.all_blocks(payload)
+        if not blocks:
+            return
+        for block in blocks:
+            arena = block.arena
+            if arena.id not in self._sent_arenas:
+                self._sent_arenas.add(arena.id)
+                self.channel.put(Kind.ARENA, wire.pack_id(arena.id), (arena.fd,))
+        self._memory.table.lend(blocks, self._peer)
+        self._traffic.moved_nbytes += sum([block.nbytes for block in blocks])
+
+    def forget_job(self, job: JobId) -> None:
+        """It need not keep this job's function."""
+        if job in self._sent_jobs:
+            self._sent_jobs.discard(job)
+            self._forget_jobs.append(job)
+            self._crew.forgetful[self] = None
+
+    def put_news(self) -> bool:
+        """What travels with the next message or before we block; returns whether there was any."""
+        give_backs = self._memory.table.take_give_backs(self._peer)
+        if give_backs:
+            self.channel.put(Kind.GIVE_BACKS, wire.pack_give_backs(give_backs))
+        if self._forget_jobs:
+            self.channel.put(Kind.FORGET, wire.pack_ids(self._forget_jobs))
+            self._forget_jobs = []
+            self._crew.forgetful.pop(self, None)
+            return True
+        return bool(give_backs)
+
+    def put_hopeless(self) -> None:
+        """Tell it that the memory it waits for will not come."""
+        self._stop_starving()
+        self.channel.put(Kind.HOPELESS, b"")
+
+    def put_grant(self) -> None:
+        """Let it have the memory that it waits for, though the budget is spent."""
+        self._stop_starving()
+        self.channel.put(Kind.GRANT, b"")
+
+    def put_trim(self) -> None:
+        """Ask it for the memory that it keeps warm and does not use."""
+        self.channel.put(Kind.TRIM, b"")
+
+    def _stop_starving(self) -> None:
+        self.starving = False
+        self._crew.starving.pop(self, None)
