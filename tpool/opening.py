@@ -88,6 +88,7 @@ class Opener:
         except Exception as error:
             result.resolve(0, Failure(error))
             result.expect(1)
+            result.finish()
             return
         result._job = job = self._open(result, mode, function, 1, limits)
         try:
@@ -114,8 +115,6 @@ class Opener:
         """How many of ``count`` items travel together."""
         if chunksize is None:
             chunksize = max(1, -(-count // (self._processes * CHUNKS_PER_WORKER)))
-        elif chunksize < 1:
-            raise ValueError(f"Chunksize must be 1+, not {chunksize}")
         # A worker is replaced after so many calls, not so many chunks.
         return chunksize if self._max_tasks is None else min(chunksize, self._max_tasks)
 
@@ -127,6 +126,7 @@ class Opener:
         iterable: Iterable[Any],
         chunksize: int,
         buffersize: int | None,
+        buffer_nbytes: int | None,
         limits: Limits,
     ) -> None:
         """Make a job of an ``imap``, and start its feeder."""
@@ -135,6 +135,7 @@ class Opener:
         except Exception as error:
             stream.resolve(0, Failure(error))
             stream.set_length(1)
+            stream.finish()
             return
         job = self._open(stream, Mode.CALL, function, chunksize, limits)
         weakref.finalize(iterator, _abandon, stream, self._handler, job).atexit = False
@@ -142,7 +143,8 @@ class Opener:
         if chunksize > 1 and window is None:
             window = 2 * chunksize * self._processes
         feeder = Feeder(self._handler, job, stream, iterable, self._processes)
-        feeder.start(chunksize, window, self._stream_nbytes)
+        nbytes = self._stream_nbytes if buffer_nbytes is None else min(self._stream_nbytes, buffer_nbytes)
+        feeder.start(chunksize, window, nbytes)
 
     def _open(self, sink: Sink, mode: Mode, function: Any, batch: int, limits: Limits) -> JobId:
         with self._gate.lock:

@@ -22,6 +22,7 @@ from tpool.executor import PoolExecutor
 from tpool.futures import AsyncResult
 from tpool.gate import Gate
 from tpool.handler import Handler
+from tpool.imaps import StreamCalls
 from tpool.limits import POOL, Limits, PoolDefault, RetryOn
 from tpool.local.engine import LocalEngine
 from tpool.local.setup import Settings, check_platform, refuse_fork_after_cuda
@@ -41,7 +42,7 @@ STREAM_SHARE = 4
 _pool_numbers = itertools.count(1)
 
 
-class Pool(MapCalls):
+class Pool(MapCalls, StreamCalls):
     """A pool of worker processes that moves tensors through shared memory by handle.
 
     The API of ``multiprocessing.Pool``; what is better is listed in the README. May be used from any thread of the
@@ -164,6 +165,11 @@ class Pool(MapCalls):
     ) -> AsyncResult[T]:
         """Call ``func(*args, **kwds)`` in a worker; returns at once.
 
+        >>> with tpool.Pool(1) as pool:
+        ...     result = pool.apply_async(time.sleep, (60,), timeout=0.1)
+        ...     type(result.exception()).__name__
+        'TaskTimeoutError'
+
         Args:
             func: what to call.
             args: its positional arguments.
@@ -208,6 +214,10 @@ class Pool(MapCalls):
         retry_on: RetryOn | PoolDefault = POOL,
     ) -> PoolExecutor:
         """A view of this pool as a ``concurrent.futures.Executor``, for ``loop.run_in_executor`` and libraries.
+
+        >>> with tpool.Pool(2) as pool, pool.executor(timeout=60) as executor:
+        ...     list(executor.map(pow, [2, 3], [5, 2]))
+        [32, 9]
 
         Shutting it down waits for its calls and does not end the pool.
 

@@ -6,7 +6,7 @@ import traceback
 from pathlib import Path
 
 # Frames of these modules above the user's code say nothing to the user.
-_OURS = {str(Path(__file__).with_name(name)) for name in ("worker.py", "calls.py", "faltering.py")}
+_OURS = {str(Path(__file__).with_name(name)) for name in ("worker.py", "calls.py", "faltering.py", "starring.py")}
 
 
 def safe_repr(value: object) -> str:
