@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import random
 import signal
 import sys
 import threading
 import time
 from pathlib import Path
 
+import numpy
 import torch
 
 import tpool
@@ -302,3 +304,16 @@ def discard(_):
 
 def make_zeros(nbytes):
     return torch.zeros(nbytes, dtype=torch.uint8)
+
+
+def draw(*_):
+    """A number of each source of random numbers."""
+    return random.random(), torch.rand(()).item(), float(numpy.random.rand())
+
+
+def draw_until(path, attempt):
+    """As draw, but the first attempts kill their workers after they have drawn."""
+    numbers = draw()
+    if count_attempt(path) < attempt:
+        kill_self()
+    return numbers

@@ -47,6 +47,7 @@ ROWS = [
         "tpool.local.answers",
         "tpool.local.faltering",
         "tpool.local.identity",
+        "tpool.local.seeding",
         "tpool.local.starring",
         "tpool.local.story",
     ],

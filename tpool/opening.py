@@ -6,8 +6,9 @@ Pool.apply, map, imap ─► Opener ─┬─ encode ─► engine
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tpool.engine import Engine
@@ -17,6 +18,8 @@ from tpool.gate import Gate
 from tpool.handler import Handler
 from tpool.limits import Limits
 from tpool.local.faltering import Faltering
+from tpool.local.seeding import SeededCall, SeededItems
+from tpool.local.starring import Starred
 from tpool.local.wire import Mode
 from tpool.map_result import MapResult
 from tpool.messages import JobCancelled, JobId, JobSealed, Task
@@ -37,6 +40,7 @@ class Opener:
         processes: how many workers there are.
         max_tasks: after how many calls a worker is replaced; None for never.
         stream_nbytes: what one ``imap`` may hold in items drawn but not consumed.
+        seed: what the random numbers of all tasks begin with; None leaves them to the workers.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class Opener:
         processes: int,
         max_tasks: int | None,
         stream_nbytes: int,
+        seed: int | None = None,
     ) -> None:
         self._engine = engine
         self._handler = handler
@@ -54,6 +59,8 @@ class Opener:
         self._processes = processes
         self._max_tasks = max_tasks
         self._stream_nbytes = stream_nbytes
+        self._seed = seed
+        self._call_numbers = itertools.count()  # next() is atomic
 
     def open_single(
         self,
@@ -64,6 +71,8 @@ class Opener:
         limits: Limits,
     ) -> None:
         """Make a job of one call."""
+        if self._seed is not None:
+            func = SeededCall(func, self._seed, next(self._call_numbers))
         try:
             payload = self._engine.encode_call(_guarded(func, limits), args, dict(kwds))
         except Exception as error:  # as in the standard library: the result says so, not this call
@@ -83,6 +92,9 @@ class Opener:
         limits: Limits,
     ) -> None:
         """Make a job of a map, ``size`` items to a task."""
+        if self._seed is not None:
+            func = SeededItems(Starred(func) if mode is Mode.STARMAP else func, self._seed, next(self._call_numbers))
+            mode, items = Mode.MAP, list(enumerate(items))
         try:
             function = self._engine.encode(_guarded(func, limits))
         except Exception as error:
@@ -130,6 +142,9 @@ class Opener:
         limits: Limits,
     ) -> None:
         """Make a job of an ``imap``, and start its feeder."""
+        if self._seed is not None:
+            func = SeededItems(func, self._seed, next(self._call_numbers))
+            iterable = _Numbered(iterable)
         try:
             function = self._engine.encode(_guarded(func, limits))
         except Exception as error:
@@ -154,6 +169,16 @@ class Opener:
     def cancel(self, job: JobId) -> None:
         """Nobody can ask for the rest of a job any more."""
         self._handler.post(JobCancelled(job))
+
+
+class _Numbered:
+    """An input with the place of each item; what ``iter`` raises is raised where the input is drawn."""
+
+    def __init__(self, iterable: Iterable[Any]) -> None:
+        self._iterable = iterable
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        return enumerate(self._iterable)
 
 
 def _guarded(func: Callable[..., Any], limits: Limits) -> Callable[..., Any]:

@@ -130,3 +130,14 @@ def check_buffer_nbytes(buffer_nbytes: int | str | None) -> int | None:
     if nbytes < 1:
         raise ValueError(f"buffer_nbytes must be 1 or more, not {buffer_nbytes!r}")
     return nbytes
+
+
+def check_seed(seed: int | None) -> int | None:
+    """What random numbers begin with."""
+    if seed is None:
+        return None
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int or None, not {seed!r}")
+    if seed < 0:
+        raise ValueError(f"seed must be 0 or more, not {seed}")
+    return seed

@@ -68,8 +68,11 @@ class Pool(MapCalls, StreamCalls):
             stays written.
         retry_on: after which exceptions it is tried again, a class or several: ``WorkerLostError`` (the default),
             ``TaskTimeoutError``, or what the task raises.
+        seed: gives each call on each item random numbers of its own in ``random``, ``torch`` and ``numpy``: the same
+            in each run that makes the same calls in the same order, whatever the number of workers, the chunks, the
+            order in which tasks run, or the retries. None: workers are seeded differently, and tasks not at all.
 
-    The last three can be given to each call, too, which then go before these.
+    ``timeout``, ``retries`` and ``retry_on`` can be given to each call, too, which then go before these.
 
     Raises:
         TypeError: an argument is of the wrong kind.
@@ -91,9 +94,11 @@ class Pool(MapCalls, StreamCalls):
         timeout: float | None = None,
         retries: int = 0,
         retry_on: RetryOn = WorkerLostError,
+        seed: int | None = None,
     ) -> None:
         check_platform()
         self._limits = Limits(timeout, retries, retry_on)
+        seed = options.check_seed(seed)
         max_tasks = options.check_max_tasks(maxtasksperchild)
         settings = Settings(
             processes=options.check_processes(processes),
@@ -119,6 +124,7 @@ class Pool(MapCalls, StreamCalls):
             settings.processes,
             max_tasks,
             settings.memory_nbytes // STREAM_SHARE,
+            seed,
         )
         description = f"<tpool.Pool pool_size={settings.processes} of process {os.getpid()}>"
         weakref.finalize(self, self._handler.forget_pool, description).atexit = False
