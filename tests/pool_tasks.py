@@ -317,3 +317,23 @@ def draw_until(path, attempt):
     if count_attempt(path) < attempt:
         kill_self()
     return numbers
+
+
+def open_log(path):
+    """An initializer that keeps something for this worker."""
+    tpool.get_worker_info().state.log = Path(path, f"{os.getpid()}")
+
+
+def note(value):
+    log = tpool.get_worker_info().state.log
+    with log.open("a") as stream:
+        stream.write(f"{value} ")
+    return os.getpid()
+
+
+def close_log():
+    note("closed")
+
+
+def fail_to_close():
+    raise RuntimeError("it would not close")

@@ -51,7 +51,7 @@ ROWS = [
         "tpool.local.starring",
         "tpool.local.story",
     ],
-    ["tpool.local.wire"],
+    ["tpool.local.wire", "tpool.local.lifetime"],
     ["tpool.local.calls"],
     ["tpool.local.worker"],
     ["tpool.local.process"],

@@ -37,6 +37,13 @@ def check_initializer(initializer: Callable[..., object] | None) -> Callable[...
     return initializer
 
 
+def check_worker_exit(worker_exit: Callable[[], object] | None) -> Callable[[], object] | None:
+    """What is called at a worker's end."""
+    if worker_exit is not None and not callable(worker_exit):
+        raise TypeError(f"worker_exit must be a callable without arguments, or None, not {worker_exit!r}")
+    return worker_exit
+
+
 def check_max_tasks(maxtasksperchild: int | None) -> int | None:
     """After how many calls a worker is replaced."""
     if maxtasksperchild is not None and (not isinstance(maxtasksperchild, int) or maxtasksperchild < 1):

@@ -25,6 +25,7 @@ from tpool.handler import Handler
 from tpool.imaps import StreamCalls
 from tpool.limits import POOL, Limits, PoolDefault, RetryOn
 from tpool.local.engine import LocalEngine
+from tpool.local.lifetime import Lifetime
 from tpool.local.setup import Settings, check_platform, refuse_fork_after_cuda
 from tpool.maps import MapCalls
 from tpool.messages import JobId, PoolClosed
@@ -71,6 +72,9 @@ class Pool(MapCalls, StreamCalls):
         seed: gives each call on each item random numbers of its own in ``random``, ``torch`` and ``numpy``: the same
             in each run that makes the same calls in the same order, whatever the number of workers, the chunks, the
             order in which tasks run, or the retries. None: workers are seeded differently, and tasks not at all.
+        worker_exit: called in each worker when it retires: after its last task when the pool was closed, or after
+            ``maxtasksperchild`` calls; not where it is killed, as by ``terminate``. If it raises, that is logged as a
+            warning of the logger ``tpool``. ``get_worker_info().state`` is a place for what the initializer opened.
 
     ``timeout``, ``retries`` and ``retry_on`` can be given to each call, too, which then go before these.
 
@@ -95,6 +99,7 @@ class Pool(MapCalls, StreamCalls):
         retries: int = 0,
         retry_on: RetryOn = WorkerLostError,
         seed: int | None = None,
+        worker_exit: Callable[[], object] | None = None,
     ) -> None:
         check_platform()
         self._limits = Limits(timeout, retries, retry_on)
@@ -103,7 +108,7 @@ class Pool(MapCalls, StreamCalls):
         settings = Settings(
             processes=options.check_processes(processes),
             method=options.start_method(context),
-            initializer=options.check_initializer(initializer),
+            initializer=_with_exit(options.check_initializer(initializer), options.check_worker_exit(worker_exit)),
             initargs=tuple(initargs),
             preload=options.check_preload(preload),
             memory_nbytes=options.parse_nbytes(memory),
@@ -303,3 +308,9 @@ class Pool(MapCalls, StreamCalls):
             handler.tasks_retried,
             handler.tasks_timed_out,
         )
+
+
+def _with_exit(
+    initializer: Callable[..., object] | None, worker_exit: Callable[[], object] | None
+) -> Callable[..., object] | Lifetime | None:
+    return initializer if worker_exit is None else Lifetime(initializer, worker_exit)
