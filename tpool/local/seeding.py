@@ -23,7 +23,12 @@ def seed_task(seed: int, call: int, index: int) -> None:
     digest = blake2b(f"{seed}/{call}/{index}".encode(), digest_size=SEED_NBYTES).digest()
     words = [int.from_bytes(digest[start : start + 4], "little") for start in range(0, SEED_NBYTES, 4)]
     random.seed(digest)
-    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    torch_seed = int.from_bytes(digest[:8], "little") >> 1
+    if any(getattr(torch.version, name, None) for name in ("cuda", "hip", "xpu")):
+        torch.manual_seed(torch_seed)
+    else:
+        # All that this build has, and 1.4 us instead of 140: torch.manual_seed looks for each kind of device (2.13).
+        torch.default_generator.manual_seed(torch_seed)
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         numpy.random.seed(words)
