@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import random
 import signal
 import sys
 import threading
 import time
 from pathlib import Path
 
+import numpy
 import torch
 
 import tpool
@@ -284,3 +286,54 @@ def tell_pid_and_hang(path):
 def identity_slowly(value, seconds):
     time.sleep(seconds)
     return value
+
+
+def wait_or_open(item):
+    """Wait for a file, or make the one that another waits for."""
+    value, gate = item
+    if gate is None:
+        wait_for_file(value)
+    else:
+        Path(gate).touch()
+    return value
+
+
+def discard(_):
+    return None
+
+
+def make_zeros(nbytes):
+    return torch.zeros(nbytes, dtype=torch.uint8)
+
+
+def draw(*_):
+    """A number of each source of random numbers."""
+    return random.random(), torch.rand(()).item(), float(numpy.random.rand())
+
+
+def draw_until(path, attempt):
+    """As draw, but the first attempts kill their workers after they have drawn."""
+    numbers = draw()
+    if count_attempt(path) < attempt:
+        kill_self()
+    return numbers
+
+
+def open_log(path):
+    """An initializer that keeps something for this worker."""
+    tpool.get_worker_info().state.log = Path(path, f"{os.getpid()}")
+
+
+def note(value):
+    log = tpool.get_worker_info().state.log
+    with log.open("a") as stream:
+        stream.write(f"{value} ")
+    return os.getpid()
+
+
+def close_log():
+    note("closed")
+
+
+def fail_to_close():
+    raise RuntimeError("it would not close")

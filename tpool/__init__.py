@@ -31,6 +31,7 @@ from tpool.futures import AsyncResult
 from tpool.local.identity import WorkerInfo, get_worker_info
 from tpool.map_result import MapResult
 from tpool.pool import Pool
+from tpool.progress import Progress
 from tpool.stats import PoolStats
 from tpool.streams import IMapIterator
 
@@ -48,6 +49,7 @@ __all__ = [
     "PoolExecutor",
     "PoolStats",
     "PoolTerminatedError",
+    "Progress",
     "ProtocolError",
     "RemoteTraceback",
     "SharedMemoryExhausted",

@@ -58,6 +58,10 @@ class Result(Protocol):
     def seconds(self) -> float:
         """How long the task ran, its decoding and encoding included."""
 
+    @property
+    def nbytes(self) -> int:
+        """How much memory it takes until it is decoded and let go. Asked before ``take``."""
+
     def take(self) -> Any:
         """The value, or the exception object; user code runs here. Called at most once.
 

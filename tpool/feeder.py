@@ -119,7 +119,8 @@ class Feeder:
 
     def _limit(self) -> int:
         """How many items may be outstanding now."""
-        mean_nbytes = self._drawn_nbytes // max(1, self._drawn)
+        result_nbytes = self._stream.result_nbytes
+        mean_nbytes = self._drawn_nbytes // max(1, self._drawn) + int(result_nbytes or 0)
         self._wide = mean_nbytes <= WIDE_ITEM_NBYTES and 0 < self._stream.seconds < WIDE_TASK_SECONDS
         if self._window is not None:
             limit = self._window
@@ -127,7 +128,9 @@ class Feeder:
             limit = MAX_TASKS_PER_WORKER * self._processes
         else:
             limit = TASKS_PER_WORKER * self._processes
-        if mean_nbytes * limit > self._max_nbytes:
+        if result_nbytes is None:
+            limit = min(limit, self._processes)  # nobody knows yet how large results are
+        elif mean_nbytes * limit > self._max_nbytes:
             limit = min(limit, max(self._processes, self._max_nbytes // mean_nbytes))
         return limit
 

@@ -15,10 +15,16 @@ class MapResult(AsyncResult[list[T]]):
     """The result of ``map_async`` and ``starmap_async``: a list, in the order of the input.
 
     The first failure to arrive is raised, once every chunk has its outcome.
+
+    Args:
+        args: see AsyncResult.
+        ordered: whether the values stand in the order of the input, or in that in which their chunks arrived.
+        kwds: see AsyncResult.
     """
 
-    def __init__(self, *args: Any, **kwds: Any) -> None:
+    def __init__(self, *args: Any, ordered: bool = True, **kwds: Any) -> None:
         super().__init__(*args, **kwds)
+        self._ordered = ordered
         # By chunk; guarded by the condition, since a chunk that cannot be pickled is failed by the caller's thread.
         self._chunks: dict[int, Result] = {}
         self._first_failure: Result | None = None
@@ -64,7 +70,7 @@ class MapResult(AsyncResult[list[T]]):
                     result.discard()
             return decode(failure)
         values: list[Any] = []
-        for index in range(len(chunks)):
+        for index in range(len(chunks)) if self._ordered else list(chunks):  # which keeps the order of arrival
             succeeded, value = decode(chunks.pop(index))
             if not succeeded:
                 for result in chunks.values():

@@ -1,37 +1,61 @@
-"""The public calls that run a function over many items: a part of ``Pool``."""
+"""The public calls that run a function over many items and give all values at once: a part of ``Pool``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from tpool import options
+from tpool.futures import Keeper
 from tpool.gate import Gate
 from tpool.limits import POOL, Limits, PoolDefault, RetryOn
 from tpool.local.wire import Mode
 from tpool.map_result import MapResult
 from tpool.opening import Opener
+from tpool.progress import Meter, MeteredMap, Show, check_progress
 from tpool.results import Callbacks
-from tpool.streams import IMapIterator, Stream
+from tpool.stats import PoolStats
 
 T = TypeVar("T")
 
 
-class MapCalls:
-    """``map`` and its kin. Pools have these methods; nothing else does."""
+@dataclass(slots=True)
+class MapCall:
+    """What is called on every item, and how."""
+
+    mode: Mode
+    name: str
+    func: Callable[..., Any]
+    limits: Limits
+    progress: bool | Show
+    ordered: bool = True
+
+    @property
+    def story(self) -> str:
+        """What it is, for messages."""
+        return f"{self.name}({options.describe(self.func)})"
+
+
+class Calls(Keeper):
+    """What the parts of ``Pool`` have in common."""
 
     _gate: Gate
     _opener: Opener
     _callbacks: Callbacks
     _limits: Limits
 
-    def _cancel_job(self, job: Any, kill: bool, answer: Callable[[bool], None] | None) -> bool:
+    def stats(self) -> PoolStats:
+        """What the pool has done so far; from any thread."""
         raise NotImplementedError
 
-    def _has_started(self, job: Any) -> bool:
-        raise NotImplementedError
+    def _meter(self, progress: bool | Show, story: str, total: int | None) -> Meter | None:
+        show = check_progress(progress, story)
+        return None if show is None else Meter(show, self._callbacks, self.stats, total)
 
-    # All at once ----------------------------------------------------------------------------------------------------
+
+class MapCalls(Calls):
+    """``map`` and its kin. Pools have these methods; nothing else does."""
 
     def map(
         self,
@@ -42,8 +66,18 @@ class MapCalls:
         timeout: float | PoolDefault | None = POOL,
         retries: int | PoolDefault = POOL,
         retry_on: RetryOn | PoolDefault = POOL,
+        progress: bool | Show = False,
     ) -> list[T]:
         """Call ``func(item)`` for each item, in the workers; returns the values in order.
+
+        >>> with tpool.Pool(2) as pool:
+        ...     pool.map(abs, [-1, -2, -3], timeout=60, retries=2)
+        [1, 2, 3]
+        >>> with tpool.Pool(2) as pool:
+        ...     values = pool.map(abs, range(10), progress=lambda now: now.finished and print(now.done, now.total))
+        10 10
+
+        For several iterables: ``starmap(func, zip(xs, ys))``, or ``executor().map(func, xs, ys)``.
 
         Args:
             func: what to call.
@@ -53,6 +87,8 @@ class MapCalls:
             timeout: how many seconds a task may run, until its worker is killed; see ``Pool``.
             retries: how often a task is tried again; see ``Pool``.
             retry_on: after which exceptions.
+            progress: True for a bar (of tqdm: items, rate, bytes moved, workers lost), or a callable that is given a
+                ``tpool.Progress`` now and then, in the callback thread.
 
         Raises:
             Exception: what the first call to fail raised; the other calls still run.
@@ -60,7 +96,29 @@ class MapCalls:
             TaskTimeoutError: one of the chunks ran for too long.
         """
         limits = self._limits.override(timeout, retries, retry_on)
-        return self._wait_for_map(Mode.MAP, func, iterable, chunksize, limits)
+        call = MapCall(Mode.MAP, "map", func, limits, progress)
+        return self._wait_for_map(call, iterable, chunksize)
+
+    def map_unordered(
+        self,
+        func: Callable[[Any], T],
+        iterable: Iterable[Any],
+        chunksize: int | None = None,
+        *,
+        timeout: float | PoolDefault | None = POOL,
+        retries: int | PoolDefault = POOL,
+        retry_on: RetryOn | PoolDefault = POOL,
+        progress: bool | Show = False,
+    ) -> list[T]:
+        """As ``map``, but the values stand in the order in which the chunks finished.
+
+        >>> with tpool.Pool(2) as pool:
+        ...     sorted(pool.map_unordered(abs, [-1, -2, -3]))
+        [1, 2, 3]
+        """
+        limits = self._limits.override(timeout, retries, retry_on)
+        call = MapCall(Mode.MAP, "map_unordered", func, limits, progress, ordered=False)
+        return self._wait_for_map(call, iterable, chunksize)
 
     def map_async(
         self,
@@ -73,10 +131,12 @@ class MapCalls:
         timeout: float | PoolDefault | None = POOL,
         retries: int | PoolDefault = POOL,
         retry_on: RetryOn | PoolDefault = POOL,
+        progress: bool | Show = False,
     ) -> MapResult[T]:
         """As ``map``, but returns as soon as the items are pickled; see ``apply_async`` for the callbacks."""
         limits = self._limits.override(timeout, retries, retry_on)
-        return self._map_async(Mode.MAP, func, iterable, chunksize, limits, callback, error_callback)
+        call = MapCall(Mode.MAP, "map", func, limits, progress)
+        return self._map_async(call, iterable, chunksize, callback, error_callback)
 
     def starmap(
         self,
@@ -87,10 +147,12 @@ class MapCalls:
         timeout: float | PoolDefault | None = POOL,
         retries: int | PoolDefault = POOL,
         retry_on: RetryOn | PoolDefault = POOL,
+        progress: bool | Show = False,
     ) -> list[T]:
         """As ``map``, with ``func(*item)``."""
         limits = self._limits.override(timeout, retries, retry_on)
-        return self._wait_for_map(Mode.STARMAP, func, iterable, chunksize, limits)
+        call = MapCall(Mode.STARMAP, "starmap", func, limits, progress)
+        return self._wait_for_map(call, iterable, chunksize)
 
     def starmap_async(
         self,
@@ -103,104 +165,47 @@ class MapCalls:
         timeout: float | PoolDefault | None = POOL,
         retries: int | PoolDefault = POOL,
         retry_on: RetryOn | PoolDefault = POOL,
+        progress: bool | Show = False,
     ) -> MapResult[T]:
         """As ``map_async``, with ``func(*item)``."""
         limits = self._limits.override(timeout, retries, retry_on)
-        return self._map_async(Mode.STARMAP, func, iterable, chunksize, limits, callback, error_callback)
+        call = MapCall(Mode.STARMAP, "starmap", func, limits, progress)
+        return self._map_async(call, iterable, chunksize, callback, error_callback)
 
-    def _wait_for_map(
-        self, mode: Mode, func: Callable[..., T], iterable: Iterable[Any], chunksize: int | None, limits: Limits
-    ) -> list[T]:
-        result = self._map_async(mode, func, iterable, chunksize, limits, None, None)
+    def _wait_for_map(self, call: MapCall, iterable: Iterable[Any], chunksize: int | None) -> list[T]:
+        result: MapResult[T] = self._map_async(call, iterable, chunksize, None, None)
         try:
-            return result.get()
+            values = result.get()
         except BaseException:
             # Interrupted, perhaps: nobody can ask for the rest any more.
             if not result.ready() and result._job is not None:
                 self._opener.cancel(result._job)
             raise
+        finally:
+            if isinstance(result, MeteredMap) and result.ready():
+                result.wait_shown()
+        return values
 
     def _map_async(
         self,
-        mode: Mode,
-        func: Callable[..., T],
+        call: MapCall,
         iterable: Iterable[Any],
         chunksize: int | None,
-        limits: Limits,
         callback: Callable[[list[T]], object] | None,
         error_callback: Callable[[BaseException], object] | None,
     ) -> MapResult[T]:
         self._gate.check_running()
+        chunksize = options.check_chunksize(chunksize)
         items = iterable if isinstance(iterable, (list, tuple)) else list(iterable)
-        if chunksize is None and limits.rules is not None:
+        if chunksize is None and call.limits.rules is not None:
             chunksize = 1  # limits hold for tasks, and each call is one, unless the user says otherwise
         size = self._opener.chunksize(len(items), chunksize)
-        story = f"{mode.name.lower()}({options.describe(func)})"
-        result: MapResult[T] = MapResult(self, story, self._callbacks, callback, error_callback)
-        self._opener.open_map(result, mode, func, items, size, limits)
+        meter = self._meter(call.progress, call.story, len(items))
+        arguments = (self, call.story, self._callbacks, callback, error_callback)
+        result: MapResult[T]
+        if meter is None:
+            result = MapResult(*arguments, ordered=call.ordered)
+        else:
+            result = MeteredMap(meter, len(items), size, *arguments, ordered=call.ordered)
+        self._opener.open_map(result, call.mode, call.func, items, size, call.limits)
         return result
-
-    # One by one -----------------------------------------------------------------------------------------------------
-
-    def imap(
-        self,
-        func: Callable[[Any], T],
-        iterable: Iterable[Any],
-        chunksize: int = 1,
-        *,
-        buffersize: int | None = None,
-        timeout: float | PoolDefault | None = POOL,
-        retries: int | PoolDefault = POOL,
-        retry_on: RetryOn | PoolDefault = POOL,
-    ) -> IMapIterator[T]:
-        """Call ``func(item)`` for each item; an iterator gives the values in the order of the input.
-
-        The input is drawn only as fast as results are consumed, so it may be infinite, and results are held only for
-        what was drawn. The iterator is an asynchronous one, too: ``async for value in pool.imap(...)``.
-
-        Args:
-            func: what to call.
-            iterable: the input; drawn and pickled in a thread of its own.
-            chunksize: how many items may travel together before it is known how long a task runs.
-            buffersize: the most items drawn and not consumed; None for a few per worker.
-            timeout: how many seconds a task may run, until its worker is killed; see ``Pool``.
-            retries: how often a task is tried again; see ``Pool``.
-            retry_on: after which exceptions.
-        """
-        limits = self._limits.override(timeout, retries, retry_on)
-        return self._imap(func, iterable, chunksize, buffersize, limits, ordered=True)
-
-    def imap_unordered(
-        self,
-        func: Callable[[Any], T],
-        iterable: Iterable[Any],
-        chunksize: int = 1,
-        *,
-        buffersize: int | None = None,
-        timeout: float | PoolDefault | None = POOL,
-        retries: int | PoolDefault = POOL,
-        retry_on: RetryOn | PoolDefault = POOL,
-    ) -> IMapIterator[T]:
-        """As ``imap``, but the values come in the order in which the calls finish."""
-        limits = self._limits.override(timeout, retries, retry_on)
-        return self._imap(func, iterable, chunksize, buffersize, limits, ordered=False)
-
-    def _imap(
-        self,
-        func: Callable[[Any], T],
-        iterable: Iterable[Any],
-        chunksize: int,
-        buffersize: int | None,
-        limits: Limits,
-        ordered: bool,
-    ) -> IMapIterator[T]:
-        self._gate.check_running()
-        if chunksize < 1:
-            raise ValueError(f"Chunksize must be 1+, not {chunksize}")
-        if buffersize is not None and buffersize < 1:
-            raise ValueError(f"buffersize must be 1 or more, not {buffersize}")
-        kind = "imap" if ordered else "imap_unordered"
-        stream = Stream(f"{kind}({options.describe(func)})", ordered)
-        iterator: IMapIterator[T] = IMapIterator(stream, self)
-        self._opener.open_stream(iterator, stream, func, iterable, chunksize, buffersize, limits)
-        return iterator

@@ -6,8 +6,9 @@ Pool.apply, map, imap ─► Opener ─┬─ encode ─► engine
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tpool.direct import call_directly
@@ -18,6 +19,8 @@ from tpool.gate import Gate
 from tpool.handler import Handler
 from tpool.limits import Limits
 from tpool.local.faltering import Faltering
+from tpool.local.seeding import SeededCall, SeededItems
+from tpool.local.starring import Starred
 from tpool.local.wire import Mode
 from tpool.map_result import MapResult
 from tpool.messages import JobCancelled, JobId, JobSealed, Task
@@ -38,6 +41,7 @@ class Opener:
         processes: how many workers there are.
         max_tasks: after how many calls a worker is replaced; None for never.
         stream_nbytes: what one ``imap`` may hold in items drawn but not consumed.
+        seed: what the random numbers of all tasks begin with; None leaves them to the workers.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class Opener:
         processes: int,
         max_tasks: int | None,
         stream_nbytes: int,
+        seed: int | None = None,
     ) -> None:
         self._engine = engine
         self._handler = handler
@@ -55,6 +60,8 @@ class Opener:
         self._processes = processes
         self._max_tasks = max_tasks
         self._stream_nbytes = stream_nbytes
+        self._seed = seed
+        self._call_numbers = itertools.count()  # next() is atomic
 
     def open_single(
         self,
@@ -65,6 +72,8 @@ class Opener:
         limits: Limits,
     ) -> None:
         """Make a job of one call."""
+        if self._seed is not None:
+            func = SeededCall(func, self._seed, next(self._call_numbers))
         try:
             payload = self.encode(func, args, kwds, limits)
         except Exception as error:  # as in the standard library: the result says so, not this call
@@ -98,11 +107,15 @@ class Opener:
         limits: Limits,
     ) -> None:
         """Make a job of a map, ``size`` items to a task."""
+        if self._seed is not None:
+            func = SeededItems(Starred(func) if mode is Mode.STARMAP else func, self._seed, next(self._call_numbers))
+            mode, items = Mode.MAP, list(enumerate(items))
         try:
             function = self._engine.encode(_guarded(func, limits))
         except Exception as error:
             result.resolve(0, Failure(error))
             result.expect(1)
+            result.finish()
             return
         result._job = job = self._open(result, mode, function, 1, limits)
         try:
@@ -129,8 +142,6 @@ class Opener:
         """How many of ``count`` items travel together."""
         if chunksize is None:
             chunksize = max(1, -(-count // (self._processes * CHUNKS_PER_WORKER)))
-        elif chunksize < 1:
-            raise ValueError(f"Chunksize must be 1+, not {chunksize}")
         # A worker is replaced after so many calls, not so many chunks.
         return chunksize if self._max_tasks is None else min(chunksize, self._max_tasks)
 
@@ -142,14 +153,19 @@ class Opener:
         iterable: Iterable[Any],
         chunksize: int,
         buffersize: int | None,
+        buffer_nbytes: int | None,
         limits: Limits,
     ) -> None:
         """Make a job of an ``imap``, and start its feeder."""
+        if self._seed is not None:
+            func = SeededItems(func, self._seed, next(self._call_numbers))
+            iterable = _Numbered(iterable)
         try:
             function = self._engine.encode(_guarded(func, limits))
         except Exception as error:
             stream.resolve(0, Failure(error))
             stream.set_length(1)
+            stream.finish()
             return
         job = self._open(stream, Mode.CALL, function, chunksize, limits)
         weakref.finalize(iterator, _abandon, stream, self._handler, job).atexit = False
@@ -157,7 +173,8 @@ class Opener:
         if chunksize > 1 and window is None:
             window = 2 * chunksize * self._processes
         feeder = Feeder(self._handler, job, stream, iterable, self._processes)
-        feeder.start(chunksize, window, self._stream_nbytes)
+        nbytes = self._stream_nbytes if buffer_nbytes is None else min(self._stream_nbytes, buffer_nbytes)
+        feeder.start(chunksize, window, nbytes)
 
     def _open(self, sink: Sink, mode: Mode, function: Any, batch: int, limits: Limits) -> JobId:
         with self._gate.lock:
@@ -167,6 +184,16 @@ class Opener:
     def cancel(self, job: JobId) -> None:
         """Nobody can ask for the rest of a job any more."""
         self._handler.post(JobCancelled(job))
+
+
+class _Numbered:
+    """An input with the place of each item; what ``iter`` raises is raised where the input is drawn."""
+
+    def __init__(self, iterable: Iterable[Any]) -> None:
+        self._iterable = iterable
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        return enumerate(self._iterable)
 
 
 def _guarded(func: Callable[..., Any], limits: Limits) -> Callable[..., Any]:

@@ -37,6 +37,13 @@ def check_initializer(initializer: Callable[..., object] | None) -> Callable[...
     return initializer
 
 
+def check_worker_exit(worker_exit: Callable[[], object] | None) -> Callable[[], object] | None:
+    """What is called at a worker's end."""
+    if worker_exit is not None and not callable(worker_exit):
+        raise TypeError(f"worker_exit must be a callable without arguments, or None, not {worker_exit!r}")
+    return worker_exit
+
+
 def check_max_tasks(maxtasksperchild: int | None) -> int | None:
     """After how many calls a worker is replaced."""
     if maxtasksperchild is not None and (not isinstance(maxtasksperchild, int) or maxtasksperchild < 1):
@@ -75,21 +82,69 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
 
 
 def parse_nbytes(memory: int | str | None) -> int:
-    """A size in bytes: a number, text such as ``"2GB"`` or ``"512MiB"``, or None for the default."""
+    """The pool's memory in bytes: a number, text such as ``"2GB"`` or ``"512MiB"``, or None for the default."""
     if memory is None:
         return default_budget_nbytes()
-    if isinstance(memory, str):
-        text = memory.strip().upper()
+    nbytes = parse_size("memory", memory)
+    if nbytes < 1 << 20:
+        raise ValueError(f"memory must be at least 1 MiB, not {memory!r}")
+    return nbytes
+
+
+def parse_size(name: str, size: int | str) -> int:
+    """A size in bytes, given as a number or as text."""
+    if isinstance(size, str):
+        text = size.strip().upper()
         number = text.rstrip("KMGTIB ")
         unit = _UNITS.get(text[len(number) :].strip())
         try:
             nbytes = int(float(number) * unit) if unit is not None else None
         except ValueError:
             nbytes = None
-        if nbytes is None:
-            raise ValueError(f"memory {memory!r} is not a size; write a number of bytes, or text such as '2GB'")
     else:
-        nbytes = int(memory)
-    if nbytes < 1 << 20:
-        raise ValueError(f"memory must be at least 1 MiB, not {memory!r}")
+        nbytes = None if isinstance(size, bool) or not isinstance(size, (int, float)) else int(size)
+    if nbytes is None:
+        raise ValueError(f"{name} {size!r} is not a size; write a number of bytes, or text such as '2GB'")
     return nbytes
+
+
+def check_chunksize(chunksize: int | None) -> int | None:
+    """How many items travel together."""
+    if chunksize is None:
+        return None
+    if isinstance(chunksize, bool) or not hasattr(type(chunksize), "__index__"):
+        raise TypeError(
+            f"chunksize must be a number of items, not {chunksize!r}; "
+            "for several iterables: starmap(func, zip(xs, ys)) or executor().map(func, xs, ys)"
+        )
+    if chunksize < 1:
+        raise ValueError(f"Chunksize must be 1+, not {chunksize}")
+    return chunksize
+
+
+def check_buffersize(buffersize: int | None) -> int | None:
+    """How many items a stream may hold."""
+    if buffersize is not None and buffersize < 1:
+        raise ValueError(f"buffersize must be 1 or more, not {buffersize}")
+    return buffersize
+
+
+def check_buffer_nbytes(buffer_nbytes: int | str | None) -> int | None:
+    """How many bytes a stream may hold."""
+    if buffer_nbytes is None:
+        return None
+    nbytes = parse_size("buffer_nbytes", buffer_nbytes)
+    if nbytes < 1:
+        raise ValueError(f"buffer_nbytes must be 1 or more, not {buffer_nbytes!r}")
+    return nbytes
+
+
+def check_seed(seed: int | None) -> int | None:
+    """What random numbers begin with."""
+    if seed is None:
+        return None
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int or None, not {seed!r}")
+    if seed < 0:
+        raise ValueError(f"seed must be 0 or more, not {seed}")
+    return seed

@@ -22,8 +22,10 @@ from tpool.executor import PoolExecutor
 from tpool.futures import AsyncResult
 from tpool.gate import Gate
 from tpool.handler import Handler
+from tpool.imaps import StreamCalls
 from tpool.limits import POOL, Limits, PoolDefault, RetryOn
 from tpool.local.engine import LocalEngine
+from tpool.local.lifetime import Lifetime
 from tpool.local.setup import Settings, check_platform, refuse_fork_after_cuda
 from tpool.maps import MapCalls
 from tpool.messages import JobId, PoolClosed
@@ -41,7 +43,7 @@ STREAM_SHARE = 4
 _pool_numbers = itertools.count(1)
 
 
-class Pool(MapCalls):
+class Pool(MapCalls, StreamCalls):
     """A pool of worker processes that moves tensors through shared memory by handle.
 
     The API of ``multiprocessing.Pool``; what is better is listed in the README. May be used from any thread of the
@@ -67,8 +69,14 @@ class Pool(MapCalls):
             stays written.
         retry_on: after which exceptions it is tried again, a class or several: ``WorkerLostError`` (the default),
             ``TaskTimeoutError``, or what the task raises.
+        seed: gives each call on each item random numbers of its own in ``random``, ``torch`` and ``numpy``: the same
+            in each run that makes the same calls in the same order, whatever the number of workers, the chunks, the
+            order in which tasks run, or the retries. None: workers are seeded differently, and tasks not at all.
+        worker_exit: called in each worker when it retires: after its last task when the pool was closed, or after
+            ``maxtasksperchild`` calls; not where it is killed, as by ``terminate``. If it raises, that is logged as a
+            warning of the logger ``tpool``. ``get_worker_info().state`` is a place for what the initializer opened.
 
-    The last three can be given to each call, too, which then go before these.
+    ``timeout``, ``retries`` and ``retry_on`` can be given to each call, too, which then go before these.
 
     Raises:
         TypeError: an argument is of the wrong kind.
@@ -90,14 +98,17 @@ class Pool(MapCalls):
         timeout: float | None = None,
         retries: int = 0,
         retry_on: RetryOn = WorkerLostError,
+        seed: int | None = None,
+        worker_exit: Callable[[], object] | None = None,
     ) -> None:
         check_platform()
         self._limits = Limits(timeout, retries, retry_on)
+        seed = options.check_seed(seed)
         max_tasks = options.check_max_tasks(maxtasksperchild)
         settings = Settings(
             processes=options.check_processes(processes),
             method=options.start_method(context),
-            initializer=options.check_initializer(initializer),
+            initializer=_with_exit(options.check_initializer(initializer), options.check_worker_exit(worker_exit)),
             initargs=tuple(initargs),
             preload=options.check_preload(preload),
             memory_nbytes=options.parse_nbytes(memory),
@@ -118,6 +129,7 @@ class Pool(MapCalls):
             settings.processes,
             max_tasks,
             settings.memory_nbytes // STREAM_SHARE,
+            seed,
         )
         description = f"<tpool.Pool pool_size={settings.processes} of process {os.getpid()}>"
         weakref.finalize(self, self._handler.forget_pool, description).atexit = False
@@ -175,6 +187,11 @@ class Pool(MapCalls):
     ) -> AsyncResult[T]:
         """Call ``func(*args, **kwds)`` in a worker; returns at once.
 
+        >>> with tpool.Pool(1) as pool:
+        ...     result = pool.apply_async(time.sleep, (60,), timeout=0.1)
+        ...     type(result.exception()).__name__
+        'TaskTimeoutError'
+
         Args:
             func: what to call.
             args: its positional arguments.
@@ -219,6 +236,10 @@ class Pool(MapCalls):
         retry_on: RetryOn | PoolDefault = POOL,
     ) -> PoolExecutor:
         """A view of this pool as a ``concurrent.futures.Executor``, for ``loop.run_in_executor`` and libraries.
+
+        >>> with tpool.Pool(2) as pool, pool.executor(timeout=60) as executor:
+        ...     list(executor.map(pow, [2, 3], [5, 2]))
+        [32, 9]
 
         Shutting it down waits for its calls and does not end the pool.
 
@@ -298,3 +319,9 @@ class Pool(MapCalls):
             handler.tasks_retried,
             handler.tasks_timed_out,
         )
+
+
+def _with_exit(
+    initializer: Callable[..., object] | None, worker_exit: Callable[[], object] | None
+) -> Callable[..., object] | Lifetime | None:
+    return initializer if worker_exit is None else Lifetime(initializer, worker_exit)

@@ -28,6 +28,7 @@ class Failure:
     __slots__ = ("_error",)
     failed = True
     seconds = 0.0
+    nbytes = 0
 
     def __init__(self, error: BaseException) -> None:
         self._error = error
@@ -46,6 +47,7 @@ class SharedFailure:
     __slots__ = ("_error", "_lock", "_result")
     failed = True
     seconds = 0.0
+    nbytes = 0
 
     def __init__(self, result: Result) -> None:
         self._result = result
@@ -133,6 +135,10 @@ class Callbacks:
             self._ended = True
             self._gone = self._thread is None
         self._queue.put(None)
+
+    def is_current(self) -> bool:
+        """Whether this is the thread that runs callbacks."""
+        return threading.current_thread() is self._thread
 
     def join(self, timeout: float | None) -> bool:
         """Wait until all posted calls were made; returns whether they were."""

@@ -28,10 +28,18 @@ class Stream:
     Shared data: ``_by_index`` and ``_as_arrived`` are written by the handler (and the feeder, for items that cannot be
     sent) and emptied by consumers, each in one atomic step; ``consumed`` is written by consumers. ``_news`` is for
     waiting: a consumer counts itself before it looks again, the handler adds before it looks at that count.
+
+    Args:
+        story: what it is, for messages.
+        ordered: whether outcomes are taken in the order of the input.
+        weigh: whether to learn how large results are, for a budget in bytes.
     """
 
-    def __init__(self, story: str, ordered: bool) -> None:
+    def __init__(self, story: str, ordered: bool, weigh: bool = False) -> None:
         self.story = story
+        self.result_nbytes: float | None = None if weigh else 0.0  # the mean of a result; None before the first
+        self._weigh = weigh
+        self._weighed = 0
         self.consumed = 0
         self.seconds = 0.0  # of the latest result: how long its task ran
         self.cancelled = False
@@ -152,6 +160,10 @@ class Stream:
             result.discard()
             return
         self.seconds = result.seconds or self.seconds
+        if self._weigh:
+            self._weighed += 1
+            mean = self.result_nbytes or 0.0
+            self.result_nbytes = mean + (result.nbytes - mean) / self._weighed
         if self._ordered:
             self._by_index[index] = result
         else:

@@ -23,6 +23,11 @@ class PlainResult:
         self.seconds = seconds
         self._codec = codec
 
+    @property
+    def nbytes(self) -> int:
+        """See Result."""
+        return len(self._stream)
+
     def take(self) -> Any:
         """See Result."""
         return self._codec.loads(self._stream)
@@ -45,6 +50,13 @@ class LocalResult:
         if received.fds:
             # Blocks give themselves back when nobody wants the result; descriptors do not.
             weakref.finalize(self, received.discard).atexit = False
+
+    @property
+    def nbytes(self) -> int:
+        """See Result."""
+        data = self.received.data
+        blocks = sum([block.nbytes for block in self.received.blocks])
+        return blocks + (len(data) if isinstance(data, bytes) else data.nbytes)
 
     def take(self) -> Any:
         """See Result."""

@@ -18,7 +18,7 @@ import random
 import signal
 import sys
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,11 +34,13 @@ class WorkerInfo:
         id: the worker's slot in the pool, from 0; a replacement keeps the number.
         num_workers: how many slots the pool has.
         seed: what ``torch``, ``random`` and ``numpy`` were seeded with in this process.
+        state: a place for whatever the initializer and the tasks of this worker want to keep, as attributes.
     """
 
     id: int
     num_workers: int
     seed: int
+    state: types.SimpleNamespace = field(default_factory=types.SimpleNamespace, compare=False, repr=False)
 
 
 @dataclass(slots=True)

@@ -197,6 +197,10 @@ class Member(Orders):
             self._falter(frame, events)
         elif kind == Kind.LINGERING:
             self.token = wire.unpack_place(frame.body)
+        elif kind == Kind.EXIT_FAILED:
+            logger.warning(
+                "worker_exit of %s, pid %s, raised:\n%s", self, self.pid, frame.body.decode(errors="replace")
+            )
         elif kind == Kind.ARENA:
             self._memory.attach(wire.unpack_id(frame.body), frame.fds)
         elif kind == Kind.INITIALIZER_FAILED:

@@ -24,6 +24,7 @@ from tpool.errors import PlatformError
 from tpool.local.cpus import available_cpus
 from tpool.local.identity import Hello, WorkerInfo
 from tpool.local.launch import ForkLauncher, Launcher, SpawnLauncher, ZygoteLauncher
+from tpool.local.lifetime import Lifetime
 from tpool.local.outbox import Outbox, Outboxes
 from tpool.local.process import Inheritance
 from tpool.tensors import leases, torch_private
@@ -53,7 +54,7 @@ class Settings:
 
     processes: int
     method: str
-    initializer: Callable[..., object] | None
+    initializer: Callable[..., object] | Lifetime | None
     initargs: tuple[Any, ...]
     preload: tuple[str, ...]
     memory_nbytes: int

@@ -6,7 +6,8 @@ import traceback
 from pathlib import Path
 
 # Frames of these modules above the user's code say nothing to the user.
-_OURS = {str(Path(__file__).with_name(name)) for name in ("worker.py", "calls.py", "faltering.py")}
+_NAMES = ("worker.py", "calls.py", "faltering.py", "lifetime.py", "seeding.py", "starring.py")
+_OURS = {str(Path(__file__).with_name(name)) for name in _NAMES}
 
 
 def safe_repr(value: object) -> str:

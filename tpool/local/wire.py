@@ -51,6 +51,7 @@ class Kind(IntEnum):
     BELL = 25
     FALTERED = 27
     LINGERING = 28
+    EXIT_FAILED = 29
 
 
 class Mode(IntEnum):

@@ -34,6 +34,7 @@ from tpool.local import identity, wire
 from tpool.local.calls import JobCalls, apply_call
 from tpool.local.channel import Channel, Frame
 from tpool.local.faltering import Faltered
+from tpool.local.lifetime import Lifetime
 from tpool.local.outbox import Outboxes
 from tpool.local.story import format_remote, safe_repr
 from tpool.local.wire import Kind, Mode, Status
@@ -75,6 +76,7 @@ class Worker:
         self._jobs: dict[int, JobCalls] = {}
         self._retiring = False
         self._initializer: Received | None = None
+        self._lifetime: Lifetime | None = None
         self._pid = os.getpid()
         self._thread = threading.get_ident()
         self._starving = False  # the parent was told, since the last reply, that we wait for memory
@@ -143,6 +145,8 @@ class Worker:
         """Run the initializer; on failure tell the parent why and return False."""
         try:
             function, arguments = inherited or self._wait_for_initializer()
+            if isinstance(function, Lifetime):
+                self._lifetime, function = function, function.initializer
             if function is not None:
                 function(*arguments)
         except (EOFError, BrokenPipeError, ConnectionResetError):
@@ -170,6 +174,11 @@ class Worker:
 
     def _retire(self) -> None:
         """Let destructors run, as they would at the end of a program, then leave."""
+        if self._lifetime is not None:
+            story, self._lifetime = self._lifetime.end(), None
+            if story is not None:
+                with contextlib.suppress(EOFError, OSError):  # the pool has ended, and nobody is left to tell
+                    self._send(Kind.EXIT_FAILED, story)
         self._jobs.clear()
         token = self._codec.token.block
         del self._codec

@@ -1,0 +1,204 @@
+"""Several iterables, budgets, unordered maps and progress; with real processes, through the public API."""
+
+from __future__ import annotations
+
+import sys
+import threading
+
+import pool_tasks as tasks
+import pytest
+import torch
+from support import wait_until
+
+import tpool
+
+DEADLINE = 30
+CALLS = ["map", "map_unordered", "starmap", "imap", "imap_unordered", "istarmap", "istarmap_unordered"]
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with tpool.Pool(2) as pool:
+        wait_until(lambda: len(set(pool.map(tasks.get_pid, range(20), chunksize=1))) == 2, DEADLINE)
+        pool.apply_async(tasks.identity, (1,), callback=str).wait(DEADLINE)
+        yield pool
+
+
+# Unordered, and several iterables -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunksize", [None, 1, 7])
+def test_map_unordered(pool, chunksize):
+    assert sorted(pool.map_unordered(tasks.double, range(100), chunksize)) == [2 * x for x in range(100)]
+    assert pool.map_unordered(tasks.double, []) == []
+    with pytest.raises(ValueError, match="odd"):
+        pool.map_unordered(tasks.raise_if_odd, range(10), chunksize)
+
+
+def test_map_unordered_gives_what_comes_first(pool, tmp_path):
+    gate = tmp_path / "gate"
+    items = [(str(gate), None), ("first", str(gate))]
+    assert pool.map_unordered(tasks.wait_or_open, items, chunksize=1) == ["first", str(gate)]
+
+
+def test_several_iterables(pool):
+    expected = [3 * x for x in range(50)]
+    assert pool.starmap(tasks.add, zip(range(50), range(0, 100, 2))) == expected
+    assert list(pool.istarmap(tasks.add, zip(range(50), range(0, 100, 2)))) == expected
+    assert sorted(pool.istarmap_unordered(tasks.add, zip(range(50), range(0, 100, 2)), 5)) == expected
+    assert list(pool.executor().map(tasks.add, range(50), range(0, 100, 2))) == expected
+    with pytest.raises(TypeError, match="argument"):
+        list(pool.istarmap(tasks.add, [(1, 2, 3)]))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_second_iterable_in_the_place_of_chunksize_is_refused_with_the_cure(pool, name):
+    with pytest.raises(TypeError, match=r"starmap\(func, zip\(xs, ys\)\)"):
+        getattr(pool, name)(tasks.add, [1], [2])
+
+
+# The budget in bytes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["imap", "imap_unordered"])
+def test_a_budget_in_bytes_counts_items(pool, name):
+    drawn = 0
+
+    def tensors():
+        nonlocal drawn
+        while True:
+            drawn += 1
+            yield torch.zeros(250_000)
+
+    iterator = getattr(pool, name)(tasks.discard, tensors(), buffersize=64, buffer_nbytes="5MB")
+    for consumed in range(1, 100):
+        next(iterator)
+        assert drawn - consumed <= 6
+    del iterator
+
+
+def test_a_budget_in_bytes_counts_results(pool):
+    drawn = 0
+
+    def sizes():
+        nonlocal drawn
+        while True:
+            drawn += 1
+            yield 1_000_000
+
+    iterator = pool.imap(tasks.make_zeros, sizes(), buffersize=64, buffer_nbytes=5_000_000)
+    for consumed in range(1, 100):
+        assert len(next(iterator)) == 1_000_000
+        assert drawn - consumed <= 6
+    del iterator
+
+
+def test_a_budget_below_one_item_still_goes_on(pool):
+    assert [len(value) for value in pool.imap(tasks.make_zeros, [50_000] * 10, buffer_nbytes=1)] == [50_000] * 10
+
+
+@pytest.mark.parametrize("bad", [0, -1, "many", "0", [], True])
+def test_bad_budgets(pool, bad):
+    with pytest.raises(ValueError, match="buffer_nbytes"):
+        pool.imap(tasks.double, [1], buffer_nbytes=bad)
+
+
+# Progress -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_progress_for_a_callable(pool, name):
+    seen = []
+    items = [(x, x) for x in range(100)] if "star" in name else range(100)
+    function = tasks.add if "star" in name else tasks.double
+    values = list(getattr(pool, name)(function, items, progress=lambda now: seen.append((now, in_callbacks()))))
+    assert sorted(values) == [2 * x for x in range(100)]
+    wait_until(lambda: seen and seen[-1][0].finished, DEADLINE)
+    assert all(there for _, there in seen)
+    counts = [now.done for now, _ in seen]
+    assert counts == sorted(counts)
+    last = seen[-1][0]
+    assert (last.done, last.total, last.workers_lost) == (100, 100, 0)
+    assert last.seconds > 0
+    assert [now.finished for now, _ in seen].count(True) == 1
+
+
+def in_callbacks():
+    return threading.current_thread().name.endswith("-callbacks")
+
+
+def test_a_map_returns_after_its_last_progress(pool):
+    seen = []
+    pool.map(tasks.double, range(30), progress=seen.append)
+    assert seen[-1].finished
+    seen.clear()
+    with pytest.raises(ValueError, match="odd"):
+        pool.map(tasks.raise_if_odd, range(30), chunksize=1, progress=seen.append)
+    assert (seen[-1].done, seen[-1].finished) == (30, True)
+    seen.clear()
+    assert pool.map(tasks.double, [], progress=seen.append) == []
+    assert (seen[-1].done, seen[-1].total, seen[-1].finished) == (0, 0, True)
+
+
+def test_progress_of_an_input_without_a_length_and_of_items_that_cannot_be_sent(pool):
+    seen = []
+    items = iter([1, tasks.Unpicklable(), 3])
+    iterator = pool.imap(tasks.double, items, progress=seen.append)
+    assert next(iterator) == 2
+    with pytest.raises(TypeError, match="stays where it is"):
+        next(iterator)
+    assert next(iterator) == 6
+    wait_until(lambda: seen and seen[-1].finished, DEADLINE)
+    assert (seen[-1].done, seen[-1].total) == (3, None)
+
+
+def test_progress_of_async_calls(pool):
+    seen = []
+    assert pool.map_async(tasks.double, range(5), progress=seen.append).get(DEADLINE) == [0, 2, 4, 6, 8]
+    assert pool.starmap_async(tasks.add, [(1, 2)], progress=seen.append).get(DEADLINE) == [3]
+    wait_until(lambda: [now.finished for now in seen].count(True) == 2, DEADLINE)
+
+
+def test_progress_tells_of_bytes_and_of_lost_workers():
+    seen = []
+    with tpool.Pool(1, retries=1) as pool:
+        pool.map(tasks.double, [torch.zeros(250_000)] * 3, progress=seen.append)
+        assert seen[-1].moved_nbytes >= 3_000_000
+        with pytest.raises(tpool.WorkerLostError):
+            pool.map(tasks.kill_self, [1], progress=seen.append)
+        assert seen[-1].workers_lost == 2
+
+
+def test_a_display_that_raises_harms_nobody_and_is_left_alone(pool, caplog):
+    calls = []
+
+    def fail(now):
+        calls.append(now)
+        raise RuntimeError("display broke")
+
+    assert pool.map(tasks.double, range(50), chunksize=1, progress=fail) == [2 * x for x in range(50)]
+    assert len(calls) == 1
+    wait_until(lambda: "display broke" in caplog.text, DEADLINE)  # the map need not wait for that
+
+
+def test_a_bar(pool, capsys, monkeypatch):
+    tqdm = pytest.importorskip("tqdm")
+    monkeypatch.setattr(tqdm.tqdm, "monitor_interval", 0)  # its own thread would outlive the test
+    assert pool.map(tasks.double, range(100), progress=True) == [2 * x for x in range(100)]
+    text = capsys.readouterr().err
+    assert "map(double): 100%" in text
+    assert "100/100" in text
+    assert list(pool.imap(tasks.double, iter(range(10)), progress=True)) == [2 * x for x in range(10)]
+    wait_until(lambda: "10it" in capsys.readouterr().err, DEADLINE)
+
+
+def test_without_tqdm(pool, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    with pytest.raises(ImportError, match="pip install tqdm"):
+        pool.map(tasks.double, [1], progress=True)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_bad_progress(pool, name):
+    with pytest.raises(TypeError, match="progress must be True, False or a callable"):
+        getattr(pool, name)(tasks.double, [1], progress="yes")
