@@ -72,8 +72,6 @@ class Opener:
         limits: Limits,
     ) -> None:
         """Make a job of one call."""
-        if self._seed is not None:
-            func = SeededCall(func, self._seed, next(self._call_numbers))
         try:
             payload = self.encode(func, args, kwds, limits)
         except Exception as error:  # as in the standard library: the result says so, not this call
@@ -85,6 +83,8 @@ class Opener:
         self, func: Callable[..., Any], args: tuple[Any, ...], kwds: Mapping[str, Any], limits: Limits
     ) -> Encoded:
         """A whole call, ready to be sent."""
+        if self._seed is not None:
+            func = SeededCall(func, self._seed, next(self._call_numbers))
         return self._engine.encode_call(_guarded(func, limits), args, dict(kwds))
 
     def call_directly(self, payload: Encoded, story: str) -> Result | None:
