@@ -29,6 +29,7 @@ from tpool.messages import (
     JobId,
     JobOpened,
     JobSealed,
+    JobSubmitted,
     KillWorker,
     LendWorker,
     LoanWanted,
@@ -387,6 +388,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         if seal:
             self.seal(job)
 
+    @precondition(lambda self: not self.closed and len(self.jobs) < 12)
+    @rule(weight=st.integers(1, 3), rules=st.sampled_from(RULES))
+    def submit_job(self, weight: int, rules: Rules | None) -> None:
+        """A job that comes with its task, and with no more."""
+        job = self.jobs[len(self.jobs)] = ModelJob(len(self.jobs), batch=1, pace=SHORT, rules=rules or Rules())
+        job.sealed = True
+        tasks, expect = self.new_tasks(job, 1, weight)
+        self.say(JobSubmitted(JobId(job.id), tasks, rules=rules), expect)
+
     def begin_job(self, job: ModelJob, tasks: int, weight: int) -> None:
         self.jobs[job.id] = job
         self.say(JobOpened(JobId(job.id), job.batch, job.rules if job.rules.retries or job.rules.timeout else None))
@@ -416,6 +426,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         return [job for job in self.jobs.values() if not job.sealed]
 
     def add(self, job: ModelJob, count: int, weight: int) -> None:
+        tasks, expect = self.new_tasks(job, count, weight)
+        self.say(TasksSubmitted(JobId(job.id), tasks), expect)
+
+    def new_tasks(self, job: ModelJob, count: int, weight: int) -> tuple[list[Task], list[tuple[str, Key, Any]]]:
+        """Tasks for a job, and the outcomes that they must have at once."""
         if self.max_tasks is not None:  # Else a worker for each few tasks makes this slow.
             weight, count = min(weight, self.max_tasks), min(count, 5 * self.max_tasks)
         tasks = [Task(JobId(job.id), job.count + number, object(), weight) for number in range(count)]
@@ -428,7 +443,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             expect = [("failed", (task.job, task.index), self.stopped[0]) for task in tasks]
         else:
             self.enqueue(job, tasks)
-        self.say(TasksSubmitted(JobId(job.id), tasks), expect)
+        return tasks, expect
 
     def enqueue(self, job: ModelJob, tasks: list[Task]) -> None:
         if not job.queue:
@@ -770,6 +785,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert not self.idle(), "the end waits for a worker that was not told"
             assert not self.stopped or not self.working("ready", "asked", "settling", "retiring"), "not killed"
             assert self.ended == (not self.workers)
+        assert self.scheduler.wants_workers == bool(self.over() or self.waiting())
         self.in_doubt = False
         # 8 is in do_EndPool and lose: MAX_START_FAILURES in a row, or an initializer, and then that error.
 
