@@ -383,6 +383,7 @@ def wait_at_home(_):
 @case(3, "an argument that takes for ever to pickle stalls nobody else")
 def slow_to_pack(env: Env):
     pool = env.shared()
+    env.usable(pool)
     event = threading.Event()
     thread = threading.Thread(target=lambda: pool.apply_async(identity, (SlowToPack(event),)).get(20))
     thread.start()

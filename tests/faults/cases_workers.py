@@ -326,7 +326,7 @@ def out_of_memory_kill(env: Env):
     try:
         pool = env.shared()
         try:
-            env.lost(lambda: pool.apply(eat_in_cgroup, (str(directory),)), KILL)
+            env.lost(lambda: pool.apply(eat_in_cgroup, (str(directory),)), KILL, dies_slowly=True)
         except AssertionError as error:
             if "returned" in str(error):
                 raise NotPossible("the cgroup does not limit memory here") from error
