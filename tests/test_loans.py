@@ -261,3 +261,29 @@ def test_a_loan_that_is_held_while_workers_are_wanted_is_handed_over(pool):
     assert not result.ready()
     pool._engine._lending.loans.give_back(borrowed)
     assert result.get(DEADLINE) == 4
+
+
+def test_a_borrower_who_sees_the_end_sees_the_answer(pool, monkeypatch):
+    """Else it would take the call for one that never started, and have it made again."""
+    seen = []
+
+    class Watched(Loan):
+        @property
+        def ended(self):
+            return bool(seen)
+
+        @ended.setter
+        def ended(self, value):
+            if value:
+                seen.append((self.answer, self.orphaned))
+
+    lending = pool._engine._lending
+    (loan,) = free(pool)
+    borrowed = lending.loans.borrow()
+    monkeypatch.setattr(loan, "__class__", Watched)
+    os.kill(loan.member.pid, signal.SIGKILL)
+    wait_until(lambda: seen, DEADLINE)
+    answer, orphaned = seen[0]
+    assert answer.exitcode == -signal.SIGKILL
+    assert orphaned
+    del borrowed, loan

@@ -151,9 +151,9 @@ class Lending:
         if loan is None:
             return False
         self._due.pop(member.id, None)
-        loan.orphaned = in_use  # first: who sees that the loan has ended looks at this
-        self._end(loan)
+        loan.orphaned = in_use  # first, as the answer: who sees that the loan has ended looks at these
         loan.settle(None if unstarted else loss)
+        self._end(loan)
         return True
 
     def touch(self, member: Member, action: Callable[[], None]) -> None:
