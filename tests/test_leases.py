@@ -461,18 +461,6 @@ def test_memory_does_not_wait_for_more_than_the_budget(pair: Pair) -> None:
         Memory(pair.a.arena, wait, pair.a.table).allocate(17 * MIB)
 
 
-def test_memory_does_not_wait_for_ever_for_what_only_the_caller_holds(pair: Pair) -> None:
-    kept = [pair.a.allocate(8 * MIB) for _ in range(2)]
-    memory = Memory(pair.a.arena, lambda seconds: True, pair.a.table)
-    assert not pair.a.table.may_come_back(pair.a.arena)
-    with pytest.raises(SharedMemoryExhausted):
-        memory.allocate(4096)
-    pair.a.table.lend([kept[0]], pair.a.other)
-    assert pair.a.table.may_come_back(pair.a.arena)
-    assert pair.b.table.may_come_back(pair.b.arena)
-    assert not pair.a.table.may_come_back(pair.b.arena)
-
-
 def test_trim(pair: Pair) -> None:
     pair.a.allocate(MIB)
     assert pair.a.table.trim(aged_only=True) == 0

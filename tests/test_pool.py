@@ -568,6 +568,26 @@ def test_round_trips_grow_nobodys_memory():
     assert after[1] - before[1] < 10_000_000
 
 
+def test_a_feeder_waits_for_memory_while_workers_start(tmp_path):
+    path = str(tmp_path / "go")
+    os.mkfifo(path)
+    with tpool.Pool(1, tasks.open_if_path, (path,), memory="64MB") as pool:
+        results = pool.imap(tasks.double, (torch.ones(3_000_000) for _ in range(10)))
+        since = time.monotonic()
+        wait_until(lambda: time.monotonic() > since + 1, DEADLINE)  # longer than it takes to give up hope
+        with open(path, "w"):
+            assert [float(result[0]) for result in results] == [2.0] * 10
+
+
+def test_a_stream_whose_results_are_all_kept_says_that_memory_is_short():
+    with tpool.Pool(1, memory="64MB") as pool:
+        kept = []
+        with pytest.raises(tpool.SharedMemoryExhausted):
+            for result in pool.imap(tasks.identity, (torch.ones(3_000_000) for _ in range(10))):
+                kept.append(result)
+        assert len(kept) >= 3
+
+
 def test_an_ordered_stream_goes_beyond_the_budget_for_the_result_it_waits_for(tmp_path):
     path = str(tmp_path / "go")
     os.mkfifo(path)

@@ -92,13 +92,13 @@ class Engine(Protocol):
     pressing: bool
     can_lend: bool
 
-    def encode(self, obj: Any, patient: bool = False) -> Encoded:
+    def encode(self, obj: Any, patient: Callable[[], bool] | None = None) -> Encoded:
         """Make an object ready to be sent, in the caller's thread; may wait for memory.
 
         Args:
             obj: what to send.
-            patient: wait also for memory that only the consumer of results can give back. A feeder may: it is not
-                the consumer.
+            patient: asked while this waits: whether to wait also for memory that only the consumer of results can
+                give back. A feeder may, since it is not the consumer, unless that waits for results itself.
 
         Raises:
             SharedMemoryExhausted: there is not enough shared memory.

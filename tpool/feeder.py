@@ -107,7 +107,7 @@ class Feeder:
         self._drawn += 1
         handler = self._handler
         try:
-            payload = handler.engine.encode(item, patient=True)
+            payload = handler.engine.encode(item, patient=self._stream.may_take)
         except BaseException as error:
             self._stream.resolve(index, Failure(error))
             return

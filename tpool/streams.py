@@ -186,6 +186,10 @@ class Stream:
         """See Sink."""
         return self._next in self._by_index if self._ordered else bool(self._as_arrived)
 
+    def may_take(self) -> bool:
+        """Whether the consumer is busy, with results perhaps that it will drop, and not waiting for the next one."""
+        return not self._consumers_waiting
+
     def awaits_earlier(self) -> bool:
         """See Sink."""
         return self._ordered and bool(self._by_index) and self._next not in self._by_index

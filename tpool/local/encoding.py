@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tpool.local import wire
@@ -25,7 +26,7 @@ class Encoder:
         self._codec = codec
         self._patience = hunger
 
-    def encode(self, obj: Any, patient: bool = False) -> Payload | bytes:
+    def encode(self, obj: Any, patient: Callable[[], bool] | None = None) -> Payload | bytes:
         """See Engine."""
         stream = dumps_plain(obj)
         if stream is not None:
@@ -35,7 +36,7 @@ class Encoder:
 
     def encode_call(self, function: Any, args: tuple[Any, ...], kwds: dict[str, Any]) -> Payload | bytes:
         """See Engine."""
-        self._patience.set_patience(False)
+        self._patience.set_patience(None)
         return self._codec.dumps_call(function, args, kwds)
 
     def encoded_nbytes(self, encoded: Payload | bytes) -> int:

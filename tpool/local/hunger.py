@@ -19,6 +19,8 @@ from tpool.local.member import Member
 
 # How often somebody looks for memory that died without a message while somebody waits for some.
 STARVING_SECONDS = 0.01
+# Somebody who has waited within this time still does: a little more than the longest wait and the look between two.
+RECENT_SECONDS = 0.05
 # How long there must be no hope until one of those who wait is told. Give-backs that are on their way take
 # milliseconds; a caller that is about to drop a result should be given a moment.
 HOPELESS_SECONDS = 0.5
@@ -46,14 +48,13 @@ class Hunger:
         self._wake = wake
         self._news = threading.Condition(threading.Lock())
         self._patience = threading.local()
-        # Written under the lock.
-        self._impatient = 0
-        self._patient = 0
-        self._verdicts = 0  # how many waiting callers are to be told that there is no hope
+        # When somebody last waited; who waits does so many times in a row, with a look at the memory between.
+        self._impatient_at = self._patient_at = -RECENT_SECONDS
+        self._verdict_at = -RECENT_SECONDS  # when it was found that there is no hope; taken by one who waits
         self._hopeless_since: float | None = None
 
-    def set_patience(self, patient: bool) -> None:
-        """Whether this thread may wait for the consumer of results too."""
+    def set_patience(self, patient: Callable[[], bool] | None) -> None:
+        """What tells whether this thread may wait for the consumer of results too; None: it may not."""
         self._patience.value = patient
 
     def wait(self, seconds: float) -> bool:
@@ -62,27 +63,30 @@ class Hunger:
         Returns:
             False when none can come back.
         """
-        patient = getattr(self._patience, "value", False)
+        ask: Callable[[], bool] | None = getattr(self._patience, "value", None)
+        patient = ask is not None and ask()
+        if patient:
+            self._patient_at = monotonic()
+        else:
+            self._impatient_at = monotonic()
         self._wake()
         with self._news:
-            self._impatient += not patient
-            self._patient += patient
-            try:
-                # Memory that this process itself drops is only found by looking, hence the short wait.
-                self._news.wait(min(seconds, STARVING_SECONDS))
-                if not patient and self._verdicts:
-                    self._verdicts -= 1
-                    return False
-            finally:
-                self._impatient -= not patient
-                self._patient -= patient
-        return True
+            # Memory that this process itself drops is only found by looking, hence the short wait.
+            self._news.wait(min(seconds, STARVING_SECONDS))
+            if patient or monotonic() > self._verdict_at + RECENT_SECONDS:
+                return True
+            self._verdict_at = -RECENT_SECONDS
+            return False
 
     def tell_news(self) -> None:
         """Memory may have come back."""
-        if self._impatient or self._patient:
+        if self._hopeless_since is not None or self._waits(self._impatient_at) or self._waits(self._patient_at):
             with self._news:
                 self._news.notify_all()
+
+    @staticmethod
+    def _waits(at: float) -> bool:
+        return monotonic() < at + RECENT_SECONDS
 
     def check(
         self,
@@ -96,19 +100,19 @@ class Hunger:
         Returns:
             Whether anybody waits, so that the handler should look again soon.
         """
-        if not (starving or self._impatient or self._patient):
+        impatient, patient = self._waits(self._impatient_at), self._waits(self._patient_at)
+        if not (starving or impatient or patient):
             self._hopeless_since = None
             return False
         working = any(member.may_finish for member in members)
-        consumable = (starving or self._patient) and consumers.may_give_back()
-        if working or (consumable and not self._impatient):
+        consumable = (starving or patient) and consumers.may_give_back()
+        if working or (consumable and not impatient):
             self._hopeless_since = None
         elif self._hopeless_since is None:
             self._hopeless_since = monotonic()
             for member in members:
-                if not (
-                    member.starving or member.lent
-                ):  # a worker that sleeps keeps its free memory until it is asked
+                # One that sleeps keeps its free memory until it is asked.
+                if not (member.starving or member.lent):
                     member.put_trim()
                     flush(member)
         else:
@@ -123,9 +127,9 @@ class Hunger:
             starving.put_grant()
             flush(starving)
         elif seconds > HOPELESS_SECONDS:
-            if self._impatient:
+            if self._waits(self._impatient_at):
                 with self._news:
-                    self._verdicts = 1
+                    self._verdict_at = monotonic()
             elif starving:
                 starving.put_hopeless()
                 flush(starving)

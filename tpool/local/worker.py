@@ -47,7 +47,7 @@ from tpool.tensors.plain import dumps_plain
 
 # Non-daemonic threads that a task left behind get this long to end at retirement. Longer would let one task hang the
 # pool's end; shorter would cut off a thread that is about to flush a file.
-LINGERING_THREADS_SECONDS = 5.0
+LINGERING_THREADS_SECONDS = 4.0
 
 
 # Plain numbers: an enum's attribute costs more than the comparison, and these are looked at for each task.

@@ -235,16 +235,6 @@ class BlockTable:
             allocators = [mapped.allocator for mapped in self._mapped.values() if arena in (None, mapped.arena)]
             return sum(allocator.trim(aged_only=aged_only) for allocator in allocators if allocator is not None)
 
-    def may_come_back(self, arena: Arena) -> bool:
-        """Whether somebody else has what we may get: leases or holds on our blocks, or memory of the same budget."""
-        with self._lock:
-            mapped = self._mapped.get(arena.id)
-            if mapped is None or mapped.allocator is None:
-                return False
-            if mapped.allocator.ledger.committed_nbytes() > mapped.allocator.committed_nbytes:
-                return True
-            return any(entry.mapped is mapped and (entry.lent or entry.holds) for entry in self._entries.values())
-
     def allocator(self, arena: Arena) -> Allocator | None:
         """Who hands out this arena's memory, if we own it; for figures, not for use."""
         mapped = self._mapped.get(arena.id)

@@ -20,7 +20,6 @@ fork holds every live block, since the child may read its tensors until it ends.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 
 from tpool.errors import SharedMemoryExhausted
@@ -33,10 +32,6 @@ __all__ = ["Block", "LeaseTable", "Memory", "Peer", "table"]
 # How long one wait for memory lasts. Memory that another process discards is found only by looking: shorter finds it
 # sooner, longer costs less.
 _WAIT_SECONDS = 0.05
-
-# How long nothing at all must be lent or committed elsewhere before waiting is hopeless. Another thread may be about
-# to send what it has packed.
-_HOPELESS_SECONDS = 0.5
 
 
 class Memory:
@@ -85,7 +80,6 @@ class Memory:
         self._granted = True
 
     def _allocate_waiting(self, nbytes: int, allocator: Allocator) -> Block:
-        hopeless_since: float | None = None
         hope = nbytes <= min(allocator.ledger.budget_nbytes, self.arena.nbytes)
         while hope:
             allocator.ledger.set_waiting(
@@ -97,12 +91,6 @@ class Memory:
             block = self._table.allocate(self.arena, nbytes, beyond_budget=granted)
             if block is not None:
                 return block
-            if self._table.may_come_back(self.arena):
-                hopeless_since = None
-            elif hopeless_since is None:
-                hopeless_since = time.monotonic()
-            elif time.monotonic() - hopeless_since > _HOPELESS_SECONDS:
-                hope = False
         raise SharedMemoryExhausted(
             f"cannot have {nbytes} bytes of shared memory: {allocator.ledger.committed_nbytes()} of this pool's"
             f" {allocator.ledger.budget_nbytes} are in use, {allocator.used_nbytes} of them here, and none can come"
