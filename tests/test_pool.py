@@ -568,6 +568,12 @@ def test_round_trips_grow_nobodys_memory():
     assert after[1] - before[1] < 10_000_000
 
 
+def test_the_first_items_of_a_stream_leave_memory_for_their_results():
+    with tpool.Pool(2, memory="96MB") as pool:  # eight items, as many as are drawn ahead, are as much
+        results = pool.imap(tasks.double, (torch.full((3_000_000,), float(value)) for value in range(20)))
+        assert [float(result[0]) for result in results] == [2.0 * value for value in range(20)]
+
+
 def test_a_feeder_waits_for_memory_while_workers_start(tmp_path):
     path = str(tmp_path / "go")
     os.mkfifo(path)

@@ -93,8 +93,9 @@ class Feeder:
             if room <= 0:
                 self._wait_for_room()
                 continue
-            # The limit is looked at again soon: it follows what the tasks turn out to be.
-            for _ in range(min(room, LOOK_AGAIN)):
+            # The limit is looked at again soon: it follows what the items and tasks turn out to be. The first eight
+            # large ones must not take all the memory that their results will need.
+            for _ in range(min(room, LOOK_AGAIN if self._wide else 1)):
                 chunk = list(itertools.islice(iterator, self._chunksize))
                 if not chunk:
                     return
