@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from tpool.errors import PlatformError
+from tpool.errors import PlatformError, ProtocolError
 from tpool.local.cpus import available_cpus
 from tpool.local.identity import Hello, WorkerInfo
 from tpool.local.launch import ForkLauncher, Launcher, SpawnLauncher, ZygoteLauncher
@@ -171,12 +171,21 @@ class PoolMemory:
         return pickle.dumps(hello), fds if tracker_fd is None else (*fds, tracker_fd)
 
     def attach(self, arena_id: int, fds: list[int]) -> None:
-        """Map an arena that a worker made, its nested pool's; a block of it comes with the worker's next result."""
+        """Map an arena that a worker made, its nested pool's; a block of it comes with the worker's next result.
+
+        Raises:
+            ProtocolError: there is no arena behind the descriptor, or no descriptor.
+        """
+        if not fds:
+            raise ProtocolError("it named an arena without sending its descriptor")
         fd = fds.pop()
         if self.table.arena(arena_id) is not None:
             os.close(fd)
             return
-        arena = Arena.attach(fd, arena_id)
+        try:
+            arena = Arena.attach(fd, arena_id)
+        except PlatformError as error:
+            raise ProtocolError(f"its arena cannot be used: {error}") from error
         self._foreign.append(arena)
         self.table.add(arena)
 
