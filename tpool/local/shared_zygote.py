@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import pickle
@@ -51,6 +52,10 @@ class SharedZygote:
         self._control.put(zygote.CONNECT, b"", (theirs.fileno(),))
         self._control.flush()
 
+    def _close_at_exit(self, pid: int) -> None:
+        if self._control is not None and os.getpid() == pid:
+            self._control.close()
+
     def _bury(self) -> None:
         """Have it gone, and its status taken."""
         assert self.pid is not None
@@ -93,6 +98,7 @@ class SharedZygote:
             environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
             self.pid = spawn_interpreter("tpool.local.zygote", "zygote_main", code, theirs.fileno(), environment)
         self._control = Channel(ours)
+        atexit.register(self._close_at_exit, os.getpid())  # else it would be collected open, with a warning
         config = zygote.ZygoteConfig(list(sys.path), self._preload)
         self._control.put(1, pickle.dumps(config))
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # noticed by whoever connects
