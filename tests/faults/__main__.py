@@ -62,6 +62,17 @@ def markdown(outcomes: list[harness.Outcome], pools: list[str]) -> str:
     return "\n".join(lines)
 
 
+def read(paths: list[str]) -> list[harness.Outcome]:
+    """The outcomes in these files; of a case that was run again, under the same method, the later one."""
+    latest: dict[tuple[str, str, str], harness.Outcome] = {}
+    for path in paths:
+        with open(path, encoding="utf-8") as file:
+            for fields in json.load(file):
+                one = harness.Outcome(**fields)
+                latest[one.pool, one.method, one.case] = one
+    return list(latest.values())
+
+
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
@@ -75,6 +86,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="so many interpreters at a time")
     parser.add_argument("--markdown", action="store_true", help="print the table")
     parser.add_argument("--json", help="write all outcomes to this file")
+    parser.add_argument("--merge", nargs="+", help="run nothing; make the table of what earlier runs wrote")
     return parser.parse_args()
 
 
@@ -84,6 +96,9 @@ def main() -> int:
     pools = arguments.pools
     if pools == ["installed"]:
         pools = [name for name, adapter in ADAPTERS.items() if adapter.installed()]
+    if arguments.merge:
+        print(markdown(read(arguments.merge), pools))
+        return 0
     methods = METHODS if arguments.methods == ["all"] else arguments.methods
     batches = []
     for pool in pools:
