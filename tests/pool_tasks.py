@@ -337,3 +337,61 @@ def close_log():
 
 def fail_to_close():
     raise RuntimeError("it would not close")
+
+
+# Objects that workers keep ------------------------------------------------------------------------------------------
+
+
+def run_model(model, row):
+    with torch.no_grad():
+        return model(row)
+
+
+def run_nested(item):
+    ((model, row),) = item["deep"]
+    return run_model(model, row)
+
+
+def meet_with(obj, *meeting):
+    wait_at(*meeting)
+    return os.getpid()
+
+
+def identify(obj):
+    return os.getpid(), id(obj)
+
+
+def add_to_weight(model, value):
+    with torch.no_grad():
+        model.weight.add_(value)
+
+
+def read_weight(model):
+    return model.weight.flatten()[0].item()
+
+
+def first(tensor):
+    return tensor[0].item()
+
+
+def sum_inner(table):
+    return int(table["inner"].sum())
+
+
+class Watched:
+    """Counted while it lives."""
+
+
+def count_watched(watched=None):
+    return sum(type(obj) is Watched for obj in gc.get_objects()) + sum(
+        isinstance(obj, Watched) for obj in () if watched is not None
+    )
+
+
+class Unreadable:
+    def __reduce__(self):
+        return _refuse_to_be_read, ()
+
+
+def _refuse_to_be_read():
+    raise ValueError("it will not be read")

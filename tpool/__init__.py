@@ -34,6 +34,7 @@ from tpool.pool import Pool
 from tpool.progress import Progress
 from tpool.stats import PoolStats
 from tpool.streams import IMapIterator
+from tpool.tensors.held import Reference
 
 __version__ = "0.1.0"
 
@@ -51,6 +52,7 @@ __all__ = [
     "PoolTerminatedError",
     "Progress",
     "ProtocolError",
+    "Reference",
     "RemoteTraceback",
     "SharedMemoryExhausted",
     "TaskCancelledError",

@@ -28,6 +28,7 @@ from tpool.local.engine import LocalEngine
 from tpool.local.lifetime import Lifetime
 from tpool.local.setup import Settings, check_platform, refuse_fork_after_cuda
 from tpool.maps import MapCalls
+from tpool.memory import MemoryCalls
 from tpool.messages import JobId, PoolClosed
 from tpool.opening import Opener
 from tpool.results import Callbacks, finish
@@ -43,7 +44,7 @@ STREAM_SHARE = 4
 _pool_numbers = itertools.count(1)
 
 
-class Pool(MapCalls, StreamCalls):
+class Pool(MapCalls, StreamCalls, MemoryCalls):
     """A pool of worker processes that moves tensors through shared memory by handle.
 
     The API of ``multiprocessing.Pool``; what is better is listed in the README. May be used from any thread of the

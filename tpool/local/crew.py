@@ -28,7 +28,7 @@ class Crew:
     Attributes:
         jobs: what the tasks of each open job have in common.
         starving: members that wait for memory, in the order in which they began to.
-        forgetful: members that have not been told of jobs to be forgotten.
+        forgetful: members that have not been told of jobs and objects to be forgotten.
     """
 
     traffic: Traffic = field(default_factory=Traffic)

@@ -74,8 +74,7 @@ class LocalEngine(Encoder):
         self.awaits_earlier: Callable[[], bool] = lambda: False
         self.pressing = self.can_lend = False
         self._memory = PoolMemory(settings, self._hunger.wait)
-        super().__init__(self._memory.codec, self._hunger)
-        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        super().__init__(self._memory.codec, self._hunger, self._crew)
         self._initializer: Payload | None = None
         try:
             if settings.method != "fork":
@@ -103,14 +102,9 @@ class LocalEngine(Encoder):
 
     # Any thread -----------------------------------------------------------------------------------------------------
 
-    def open_job(self, job: JobId, mode: int, function: Payload | bytes | None) -> None:
-        """See Engine."""
-        if function is not None:
-            self._crew.jobs[job] = (mode, function)
-
     def call_now(self, job: JobId, payload: Payload | bytes) -> Result | WorkerLoss | None:
         """See Engine."""
-        if not isinstance(payload, bytes) and (payload.blocks or payload.fds or not isinstance(payload.data, bytes)):
+        if not isinstance(payload, bytes) and not payload.goes_alone:
             return None  # the handler counts what moves
         borrowed = self._lending.loans.borrow()
         return None if borrowed is None else borrowed.loan.call(job, payload, borrowed)
@@ -119,13 +113,6 @@ class LocalEngine(Encoder):
     def calls(self) -> int:
         """How many calls were answered by lent workers."""
         return self._lending.calls
-
-    def wake(self) -> None:
-        """See Engine."""
-        try:
-            os.eventfd_write(self._wake_fd, 1)
-        except (OSError, ValueError):
-            return  # closed meanwhile: nobody is left to wake
 
     # Actions --------------------------------------------------------------------------------------------------------
 
@@ -230,12 +217,17 @@ class LocalEngine(Encoder):
         member.give_up(f"sent something that is no message of ours ({error})")
 
     def _has_news(self) -> bool:
-        return bool(self._memory.table.may_collect or self._memory.owing or self._crew.forgetful)
+        return bool(
+            self._memory.table.may_collect or self._memory.owing or self._crew.forgetful or self._holder.dropped
+        )
 
     def _tidy_up(self) -> None:
         """Before this thread blocks: give back what died, so that nobody waits for it."""
         self._memory.table.collect()
+        dropped = self._holder.take_dropped()
         for member in self._members.values():
+            if dropped:
+                member.drop_objects(dropped)
             if member.lent:
                 self._lending.touch(member, lambda member=member: self._tell(member))  # type: ignore[misc]
             elif member.pidfd is not None and not member.ended:

@@ -42,6 +42,8 @@ class Kind(IntEnum):
     TRIM = 18
     PLAIN_TASKS = 19
     GRANT = 26
+    OBJECT = 30
+    DROP_OBJECTS = 31
 
     READY = 20
     INITIALIZER_FAILED = 21

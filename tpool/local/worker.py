@@ -17,8 +17,6 @@ process blocks.
 from __future__ import annotations
 
 import contextlib
-import gc
-import multiprocessing.util
 import os
 import pickle
 import select
@@ -36,6 +34,7 @@ from tpool.local.channel import Channel, Frame
 from tpool.local.faltering import Faltered
 from tpool.local.lifetime import Lifetime
 from tpool.local.outbox import Outboxes
+from tpool.local.retirement import end_program
 from tpool.local.story import format_remote, safe_repr
 from tpool.local.wire import Kind, Mode, Status
 from tpool.tensors import leases
@@ -44,11 +43,6 @@ from tpool.tensors.leases import Memory, Peer
 from tpool.tensors.payload import GroupId, Payload, Received
 from tpool.tensors.pickler import Codec
 from tpool.tensors.plain import dumps_plain
-
-# Non-daemonic threads that a task left behind get this long to end at retirement. Longer would let one task hang the
-# pool's end; shorter would cut off a thread that is about to flush a file.
-LINGERING_THREADS_SECONDS = 4.0
-
 
 # Plain numbers: an enum's attribute costs more than the comparison, and these are looked at for each task.
 _PLAIN_TASKS = int(Kind.PLAIN_TASKS)
@@ -182,11 +176,7 @@ class Worker:
         self._jobs.clear()
         token = self._codec.token.block
         del self._codec
-        gc.collect()
-        multiprocessing.util._exit_function()  # type: ignore[attr-defined]
-        for thread in threading.enumerate():
-            if thread is not threading.current_thread() and not thread.daemon:
-                thread.join(LINGERING_THREADS_SECONDS)
+        end_program()
         if token is not None:
             with contextlib.suppress(EOFError, OSError):  # the pool has ended
                 self._send(Kind.LINGERING, wire.pack_place(token.arena.id, token.offset))
@@ -236,6 +226,11 @@ class Worker:
             self._known_arenas.add(arena_id)
             arena = self._attach(arena_id, frame.fds.pop())
             self._table.add(arena)
+        elif kind == Kind.OBJECT:
+            self._codec.keeper.add(wire.unpack_id(frame.body), self._unpack(frame, wire.ID_NBYTES))
+        elif kind == Kind.DROP_OBJECTS:
+            for id in wire.unpack_ids(frame.body):
+                self._codec.keeper.drop(id)
         elif kind == Kind.INITIALIZER:
             self._initializer = self._unpack(frame, 0)
         elif kind == Kind.TRIM:
