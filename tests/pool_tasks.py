@@ -383,9 +383,7 @@ class Watched:
 
 
 def count_watched(watched=None):
-    return sum(type(obj) is Watched for obj in gc.get_objects()) + sum(
-        isinstance(obj, Watched) for obj in () if watched is not None
-    )
+    return sum(type(obj) is Watched for obj in gc.get_objects())
 
 
 class Unreadable:
@@ -395,3 +393,26 @@ class Unreadable:
 
 def _refuse_to_be_read():
     raise ValueError("it will not be read")
+
+
+# Batches ------------------------------------------------------------------------------------------------------------
+
+
+def best_of_rows(batch):
+    return batch.argmax(1)
+
+
+def sum_and_count(batch):
+    return {"sum": batch["x"].sum(1) + batch["y"], "count": torch.ones_like(batch["y"])}
+
+
+def sum_of_columns(batch):
+    return batch.sum(0, keepdim=True)
+
+
+def nothing_after_the_first(batch):
+    return batch if batch.flatten()[0] == 0 else None
+
+
+def sleep_for_long(batch):
+    time.sleep(60)

@@ -18,7 +18,7 @@ import tpool
 
 
 @pytest.mark.parametrize(
-    "name", ["tpool", "tpool.pool", "tpool.maps", "tpool.imaps", "tpool.memory", "tpool.tensors.held"]
+    "name", ["tpool", "tpool.pool", "tpool.maps", "tpool.imaps", "tpool.memory", "tpool.batches", "tpool.tensors.held"]
 )
 def test_the_examples_in_docstrings(name):
     names = {"asyncio": asyncio, "itertools": itertools, "time": time, "torch": torch, "tpool": tpool}

@@ -46,6 +46,7 @@ ROWS = [
         "tpool.local.outbox",
         "tpool.local.retirement",
         "tpool.local.answers",
+        "tpool.local.batching",
         "tpool.local.faltering",
         "tpool.local.identity",
         "tpool.local.seeding",
@@ -77,6 +78,7 @@ ROWS = [
     ["tpool.options"],
     ["tpool.executor", "tpool.maps"],
     ["tpool.imaps", "tpool.memory"],
+    ["tpool.batches"],
     ["tpool.pool"],
     ["tpool"],
 ]

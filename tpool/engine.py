@@ -125,8 +125,13 @@ class Engine(Protocol):
     def encoded_nbytes(self, encoded: Encoded) -> int:
         """How much memory an encoded object takes while it waits to be sent and used."""
 
-    def put(self, obj: object) -> Reference:
-        """Have the workers keep an object; encoded at once, sent when a worker first needs it."""
+    def put(self, obj: object, share: bool = False) -> Reference:
+        """Have the workers keep an object; encoded at once, sent when a worker first needs it.
+
+        Args:
+            obj: which.
+            share: its tensors are to be shared with the workers, even in a pool where they are copied.
+        """
 
     def empty(self, size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor in shared memory, whose values are whatever was there before; may wait for memory."""

@@ -17,6 +17,7 @@ from multiprocessing.context import BaseContext
 from typing import Any, ParamSpec, TypeVar
 
 from tpool import options
+from tpool.batches import BatchCalls
 from tpool.errors import WorkerLostError
 from tpool.executor import PoolExecutor
 from tpool.futures import AsyncResult
@@ -27,8 +28,6 @@ from tpool.limits import POOL, Limits, PoolDefault, RetryOn
 from tpool.local.engine import LocalEngine
 from tpool.local.lifetime import Lifetime
 from tpool.local.setup import Settings, check_platform, refuse_fork_after_cuda
-from tpool.maps import MapCalls
-from tpool.memory import MemoryCalls
 from tpool.messages import JobId, PoolClosed
 from tpool.opening import Opener
 from tpool.results import Callbacks, finish
@@ -44,7 +43,7 @@ STREAM_SHARE = 4
 _pool_numbers = itertools.count(1)
 
 
-class Pool(MapCalls, StreamCalls, MemoryCalls):
+class Pool(StreamCalls, BatchCalls):
     """A pool of worker processes that moves tensors through shared memory by handle.
 
     The API of ``multiprocessing.Pool``; what is better is listed in the README. May be used from any thread of the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from tpool.tensors.held import Holder, Reference
 from tpool.tensors.payload import HeldObject, Payload
 from tpool.tensors.pickler import Codec
 from tpool.tensors.plain import dumps_plain
+from tpool.tensors.storages import Sharing
 
 __all__ = ["Encoder"]
 
@@ -48,13 +50,18 @@ class Encoder:
         if function is not None:
             self._crew.jobs[job] = (mode, function)
 
-    def put(self, obj: object) -> Reference:
-        """See Engine."""
-        return Reference(self._hold, obj)
+    @property
+    def sharing(self) -> Sharing:
+        """What sending a tensor means; see ``Codec``."""
+        return self._codec.sharing
 
-    def _hold(self, obj: object) -> HeldObject:
-        encoded = self.encode(obj)
-        return self._holder.hold(Payload(encoded) if isinstance(encoded, bytes) else encoded)
+    def put(self, obj: object, share: bool = False) -> Reference:
+        """See Engine."""
+        return Reference(functools.partial(self._hold, share), obj)
+
+    def _hold(self, share: bool, obj: object) -> HeldObject:
+        self._patience.set_patience(False)
+        return self._holder.hold(self._codec.dumps(obj, sharing="share" if share else None))
 
     def empty(self, size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """See Engine."""

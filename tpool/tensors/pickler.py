@@ -87,12 +87,13 @@ class Codec:
         self._dispatch: dict[type, Any] = {}
         self._dispatch_sizes = (-1, -1)
 
-    def dumps(self, obj: object, *, spawning: bool = False) -> Payload:
+    def dumps(self, obj: object, *, spawning: bool = False, sharing: Sharing | None = None) -> Payload:
         """Pickle an object.
 
         Args:
             obj: which.
             spawning: whether it may hold what travels only "through inheritance": locks, queues, events.
+            sharing: if not that of the pool.
 
         Raises:
             Exception: as the standard library's pickle would, with a note of the type that failed.
@@ -102,7 +103,7 @@ class Codec:
         data = dumps_plain(obj)
         if data is not None:
             return Payload(data)
-        outgoing = Outgoing(self.memory, self.sharing, can_swap=self.can_swap, token=self.token)
+        outgoing = Outgoing(self.memory, sharing or self.sharing, can_swap=self.can_swap, token=self.token)
         while True:
             try:
                 return self._dump(obj, _Message(self, outgoing, self._rules, self._by_name), spawning)
