@@ -416,3 +416,22 @@ def nothing_after_the_first(batch):
 
 def sleep_for_long(batch):
     time.sleep(60)
+
+
+# Seen in reports ----------------------------------------------------------------------------------------------------
+
+
+def tell_pid_and_spin_in_c(path):
+    Path(path).write_text(str(os.getpid()))
+    sum(range(1 << 60))
+
+
+def tell_pid_and_wait(path, gate):
+    Path(path).write_text(str(os.getpid()))
+    wait_for_file(gate)
+
+
+def start_thread(function):
+    thread = threading.Thread(target=function)
+    thread.start()
+    return thread

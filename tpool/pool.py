@@ -32,7 +32,7 @@ from tpool.messages import JobId, PoolClosed
 from tpool.opening import Opener
 from tpool.results import Callbacks, finish
 from tpool.scheduler import Scheduler
-from tpool.stats import PoolStats
+from tpool.seeing import Seen
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -43,7 +43,7 @@ STREAM_SHARE = 4
 _pool_numbers = itertools.count(1)
 
 
-class Pool(StreamCalls, BatchCalls):
+class Pool(StreamCalls, BatchCalls, Seen):
     """A pool of worker processes that moves tensors through shared memory by handle.
 
     The API of ``multiprocessing.Pool``; what is better is listed in the README. May be used from any thread of the
@@ -136,7 +136,8 @@ class Pool(StreamCalls, BatchCalls):
         self._handler.start()
 
     def __repr__(self) -> str:
-        return f"<{type(self).__module__.partition('.')[0]}.Pool state={self._gate.state} pool_size={self._processes}>"
+        name = type(self).__module__.partition(".")[0]
+        return f"<{name}.Pool state={self._gate.state} pool_size={self._processes} {self._busy()}>"
 
     def __reduce__(self) -> str:
         raise NotImplementedError("pool objects cannot be passed between processes or pickled")
@@ -307,18 +308,6 @@ class Pool(StreamCalls, BatchCalls):
 
     def __exit__(self, *exc_info: object) -> None:
         self.terminate()
-
-    def stats(self) -> PoolStats:
-        """What the pool has done so far; from any thread."""
-        handler, traffic = self._handler, self._engine.traffic
-        return PoolStats(
-            handler.tasks_done + self._engine.calls,
-            handler.workers_lost,
-            traffic.moved_nbytes,
-            traffic.piped_nbytes,
-            handler.tasks_retried,
-            handler.tasks_timed_out,
-        )
 
 
 def _with_exit(

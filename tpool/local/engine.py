@@ -26,12 +26,13 @@ from time import monotonic
 from tpool.engine import Result, WorkerAction, WorkerLoss
 from tpool.errors import ProtocolError
 from tpool.local.channel import Channel, Frame, connection
-from tpool.local.crew import Crew
+from tpool.local.crew import Crew, SlotRecord
 from tpool.local.encoding import Encoder
 from tpool.local.hunger import STARVING_SECONDS, Hunger
 from tpool.local.launch import Launched, Launcher, LaunchEvent, LaunchFailed, Reaped
 from tpool.local.lending import Lending
 from tpool.local.lingering import Lingering
+from tpool.local.looks import Look
 from tpool.local.member import Member
 from tpool.local.poller import Poller
 from tpool.local.setup import PoolMemory, Settings, make_launcher
@@ -66,8 +67,7 @@ class LocalEngine(Encoder):
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._crew = Crew()
-        self.traffic = self._crew.traffic
+        self._crew = Crew([SlotRecord() for _ in range(settings.processes)])
         self._hunger = Hunger(self.wake)
         self._hungry = False  # somebody waits for memory: idle memory of ours is to be found and given up
         self.may_give_back: Callable[[], bool] = lambda: False
@@ -108,6 +108,10 @@ class LocalEngine(Encoder):
             return None  # the handler counts what moves
         borrowed = self._lending.loans.borrow()
         return None if borrowed is None else borrowed.loan.call(job, payload, borrowed)
+
+    def look(self) -> Look:
+        """What is known of the workers; from any thread."""
+        return Look(self._crew, self._memory, self._lending)
 
     @property
     def calls(self) -> int:
@@ -171,6 +175,7 @@ class LocalEngine(Encoder):
         member = Member(action.worker, slot, Channel(ours), claims_fd, self._memory, self._crew)
         self._members[action.worker] = member
         self._launched += 1
+        self._crew.slots[slot].workers += 1
         hello, fds = self._memory.hello(slot, self._launched)
         member.channel.put(Kind.HELLO, hello, fds)
         if self._initializer is not None:

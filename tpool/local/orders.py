@@ -40,7 +40,7 @@ class Orders:
         self._memory = memory
         self._peer = memory.peers[slot]
         self._crew = crew
-        self._traffic = crew.traffic
+        self._record = crew.slots[slot]
         self._sent_arenas = {arena.id for arena in memory.worker_arenas(slot)}
         self._sent_groups: set[GroupId] = set()
         self._sent_jobs: set[JobId] = set()
@@ -64,7 +64,7 @@ class Orders:
             kind, body = Kind.PLAIN_TASKS, wire.pack_plain_tasks(plain)
         else:
             kind, body = Kind.TASKS, self._pack_tasks(tasks, fds)
-        self._traffic.piped_nbytes += len(body)
+        self._record.piped_nbytes += len(body)
         # Before the tasks: a worker that finds no claim believes that its tasks were taken back.
         os.eventfd_write(self.claims_fd, len(tasks))
         self.held += len(tasks)
@@ -143,7 +143,7 @@ class Orders:
                 self._sent_arenas.add(arena.id)
                 self.channel.put(Kind.ARENA, wire.pack_id(arena.id), (arena.fd,))
         self._memory.table.lend(blocks, self._peer)
-        self._traffic.moved_nbytes += sum([block.nbytes for block in blocks])
+        self._record.moved_nbytes += sum([block.nbytes for block in blocks])
 
     def forget_job(self, job: JobId) -> None:
         """It need not keep this job's function."""

@@ -27,6 +27,7 @@ from tpool.local.launch import ForkLauncher, Launcher, SpawnLauncher, ZygoteLaun
 from tpool.local.lifetime import Lifetime
 from tpool.local.outbox import Outbox, Outboxes
 from tpool.local.process import Inheritance
+from tpool.local.stacks import Stacks
 from tpool.tensors import leases, torch_private
 from tpool.tensors.arena import Allocator, Arena, Ledger
 from tpool.tensors.definitions import Definitions
@@ -112,6 +113,8 @@ class PoolMemory:
             undo.callback(self._ledger.close)
             self._outboxes = Outboxes.create(count)
             undo.callback(self._outboxes.close)
+            self.stacks = Stacks()
+            undo.callback(self.stacks.close)
             self._caller = Arena.create(settings.memory_nbytes)
             undo.callback(self.table.remove, self._caller)
             self.table.add(self._caller, Allocator(self._caller, self._ledger, 0))
@@ -167,8 +170,13 @@ class PoolMemory:
             sharing=settings.sharing,
             can_swap=settings.can_swap,
         )
-        fds = (arena.fd, self._caller.fd, self._ledger.fd, self._outboxes.fd)
+        fds = (arena.fd, self._caller.fd, self._ledger.fd, self._outboxes.fd, self.stacks.fd)
         return pickle.dumps(hello), fds if tracker_fd is None else (*fds, tracker_fd)
+
+    def committed_nbytes(self, slot: int | None) -> tuple[int, int]:
+        """Shared memory that the slot has, and the most it ever had; of the caller for None."""
+        index = 0 if slot is None else slot + 1
+        return self._ledger.committed_nbytes(index), self._ledger.peak_nbytes(index)
 
     def attach(self, arena_id: int, fds: list[int]) -> None:
         """Map an arena that a worker made, its nested pool's; a block of it comes with the worker's next result.
@@ -202,6 +210,7 @@ class PoolMemory:
             self.table.remove(arena)
         self._ledger.close()
         self._outboxes.close()
+        self.stacks.close()
         self.baseline = None
         self.table.collect()  # our forked workers are gone, and with them what they held
 

@@ -35,6 +35,7 @@ from tpool.local.faltering import Faltered
 from tpool.local.lifetime import Lifetime
 from tpool.local.outbox import Outboxes
 from tpool.local.retirement import end_program
+from tpool.local.stacks import tell_on_signal
 from tpool.local.story import format_remote, safe_repr
 from tpool.local.wire import Kind, Mode, Status
 from tpool.tensors import leases
@@ -112,7 +113,8 @@ class Worker:
         if frame.kind != Kind.HELLO:
             raise ProtocolError(f"the first frame is of kind {frame.kind}, not HELLO")
         hello: identity.Hello = pickle.loads(frame.body)
-        slot_fd, caller_fd, ledger_fd, outboxes_fd, *tracker = frame.fds
+        slot_fd, caller_fd, ledger_fd, outboxes_fd, stacks_fd, *tracker = frame.fds
+        tell_on_signal(stacks_fd)
         identity.assume(hello, tracker[0] if tracker else None)
         identity.set_worker_info(hello.info)
         arena = self._attach(hello.slot_arena, slot_fd)
