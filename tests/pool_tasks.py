@@ -435,3 +435,27 @@ def start_thread(function):
     thread = threading.Thread(target=function)
     thread.start()
     return thread
+
+
+# What workers are given ---------------------------------------------------------------------------------------------
+
+
+def cpus_of_worker(_):
+    return tpool.get_worker_info().id, os.sched_getaffinity(0)
+
+
+def device_of_worker(_):
+    return tpool.get_worker_info().id, (tpool.get_worker_info().device, torch.empty(1).device.type)
+
+
+kept = []
+
+
+def keep(nbytes):
+    kept.append(b"x" * nbytes)
+    return os.getpid()
+
+
+def fill_and_tell_pid(tensor, value):
+    tensor.fill_(value)
+    return os.getpid()

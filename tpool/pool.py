@@ -72,9 +72,19 @@ class Pool(StreamCalls, BatchCalls, Seen):
         seed: gives each call on each item random numbers of its own in ``random``, ``torch`` and ``numpy``: the same
             in each run that makes the same calls in the same order, whatever the number of workers, the chunks, the
             order in which tasks run, or the retries. None: workers are seeded differently, and tasks not at all.
-        worker_exit: called in each worker when it retires: after its last task when the pool was closed, or after
-            ``maxtasksperchild`` calls; not where it is killed, as by ``terminate``. If it raises, that is logged as a
-            warning of the logger ``tpool``. ``get_worker_info().state`` is a place for what the initializer opened.
+        worker_exit: called in each worker when it retires: after its last task when the pool was closed, after
+            ``maxtasksperchild`` calls, or above ``max_memory``; not where it is killed, as by ``terminate``. If it
+            raises, that is logged as a warning of the logger ``tpool``. ``get_worker_info().state`` is a place for
+            what the initializer opened.
+        threads: how many threads each worker may use for one operation of torch and of the OpenMP and BLAS libraries
+            (of those that are loaded already only where threadpoolctl is installed). None: its share of the CPUs, for
+            torch alone.
+        affinity: which CPUs workers may run on: True for one each, or a list of CPUs, or of sets of CPUs, that are
+            given to one worker after the other, again from the start if there are more workers; None for all.
+        devices: devices of torch, such as ``["cuda:0", "cuda:1"]``, given to one worker after the other in the same
+            way. There it is the default device; ``get_worker_info().device`` names it.
+        max_memory: a worker with more private memory than this after a task, in bytes or as text such as ``"2GB"``,
+            is replaced by a fresh one. Shared memory does not count. None for any amount.
 
     ``timeout``, ``retries`` and ``retry_on`` can be given to each call, too, which then go before these.
 
@@ -100,19 +110,25 @@ class Pool(StreamCalls, BatchCalls, Seen):
         retry_on: RetryOn = WorkerLostError,
         seed: int | None = None,
         worker_exit: Callable[[], object] | None = None,
+        threads: int | None = None,
+        affinity: bool | Iterable[int | Iterable[int]] | None = None,
+        devices: Iterable[str] | None = None,
+        max_memory: int | str | None = None,
     ) -> None:
         check_platform()
         self._limits = Limits(timeout, retries, retry_on)
         seed = options.check_seed(seed)
         max_tasks = options.check_max_tasks(maxtasksperchild)
+        method = options.start_method(context)
         settings = Settings(
             processes=options.check_processes(processes),
-            method=options.start_method(context),
+            method=method,
             initializer=_with_exit(options.check_initializer(initializer), options.check_worker_exit(worker_exit)),
             initargs=tuple(initargs),
             preload=options.check_preload(preload),
             memory_nbytes=options.parse_nbytes(memory),
             sharing=options.check_sharing(sharing),
+            steering=options.check_steering(threads, affinity, devices, max_memory, method),
         )
         refuse_fork_after_cuda(settings.method)
         self._processes = settings.processes

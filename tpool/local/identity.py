@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from tpool.local.seat import Seat
 from tpool.tensors.storages import Sharing
 
 
@@ -34,12 +35,14 @@ class WorkerInfo:
         id: the worker's slot in the pool, from 0; a replacement keeps the number.
         num_workers: how many slots the pool has.
         seed: what ``torch``, ``random`` and ``numpy`` were seeded with in this process.
+        device: the one of the pool's ``devices`` that is its own, as text; None where there are none.
         state: a place for whatever the initializer and the tasks of this worker want to keep, as attributes.
     """
 
     id: int
     num_workers: int
     seed: int
+    device: str | None = None
     state: types.SimpleNamespace = field(default_factory=types.SimpleNamespace, compare=False, repr=False)
 
 
@@ -59,7 +62,7 @@ class Hello:
         path: its ``sys.path``; None where inherited.
         argv: its ``sys.argv``; None where inherited.
         main_attributes: ``__file__`` and the like of its ``__main__``; None where ``__main__`` was inherited.
-        threads: intra-op threads of torch.
+        seat: what the user gives it.
         slot_arena, caller_arena: ids of the arenas whose descriptors come with this message.
         ledger_index: the slot's counter in the pool's ledger.
         live_blocks: (offset, nbytes) in the slot's arena that an earlier worker left in use.
@@ -79,7 +82,7 @@ class Hello:
     path: list[str] | None
     argv: list[str] | None
     main_attributes: dict[str, Any] | None
-    threads: int
+    seat: Seat
     slot_arena: int
     caller_arena: int
     ledger_index: int
@@ -109,7 +112,7 @@ def assume(hello: Hello, tracker_fd: int | None) -> None:
         # exit (cpython#82300).
         multiprocessing.resource_tracker._resource_tracker._fd = tracker_fd  # type: ignore[attr-defined]
     _become_process(hello)
-    torch.set_num_threads(hello.threads)
+    hello.seat.take()
     _seed(hello.info.seed)
 
 

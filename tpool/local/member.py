@@ -76,6 +76,7 @@ class Member(Orders):
         self._unsettled = 0
         self._ready = False
         self._left = False
+        self._reason = ""  # why it leaves by itself
         self._doomed = False  # to be killed as soon as it has a process
 
     def __str__(self) -> str:
@@ -204,6 +205,8 @@ class Member(Orders):
             self._crew.starving[self] = None
         elif kind == Kind.FALTERED:
             self._falter(frame, events)
+        elif kind == Kind.OVERWEIGHT:
+            self._reason = f"left, as its private memory of {wire.unpack_id(frame.body) / 1e6:.0f} MB was too much"
         elif kind == Kind.LINGERING:
             self.token = wire.unpack_place(frame.body)
         elif kind == Kind.EXIT_FAILED:
@@ -270,7 +273,7 @@ class Member(Orders):
     def leave(self) -> WorkerLoss:
         """Its slot gets another worker; returns what to say of this one."""
         self._let_go()
-        loss = WorkerLoss(str(self), self.pid, self.exitcode, self._ready, self.story)
+        loss = WorkerLoss(str(self), self.pid, self.exitcode, self._ready, self.story or self._reason)
         if not self._left:
             self._left = True
             self._record.note_end(loss)

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 
 from tpool.errors import PlatformError, ProtocolError
-from tpool.local.cpus import available_cpus
 from tpool.local.identity import Hello, WorkerInfo
 from tpool.local.launch import ForkLauncher, Launcher, SpawnLauncher, ZygoteLauncher
 from tpool.local.lifetime import Lifetime
 from tpool.local.outbox import Outbox, Outboxes
 from tpool.local.process import Inheritance
+from tpool.local.seat import Steering
 from tpool.local.stacks import Stacks
 from tpool.tensors import leases, torch_private
 from tpool.tensors.arena import Allocator, Arena, Ledger
@@ -49,6 +49,7 @@ class Settings:
         preload: modules that the zygote imports.
         memory_nbytes: the pool's budget of shared memory.
         sharing: ``share`` or ``copy``.
+        steering: what each worker is given.
         can_swap: see ``Codec``.
         environment, directory, path, argv: of the moment the pool is made.
     """
@@ -60,6 +61,7 @@ class Settings:
     preload: tuple[str, ...]
     memory_nbytes: int
     sharing: Sharing
+    steering: Steering = field(default_factory=Steering)
     can_swap: bool = torch_private.CAN_SWAP
     environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
     directory: str | None = field(default_factory=lambda: _working_directory())
@@ -149,10 +151,11 @@ class PoolMemory:
         tracker_fd = None if inherited else _tracker_fd()
         current = multiprocessing.process.current_process()
         arena = self._slots[slot]
+        seat = settings.steering.seat(slot, settings.processes, settings.method)
         hello = Hello(
             method=settings.method,
             number=number,
-            info=WorkerInfo(slot, settings.processes, (settings.seed + slot) % 2**63),
+            info=WorkerInfo(slot, settings.processes, (settings.seed + slot) % 2**63, seat.device),
             parent_pid=os.getpid(),
             parent_name=current.name,
             authkey=bytes(current.authkey),
@@ -161,7 +164,7 @@ class PoolMemory:
             path=None if inherited else settings.path,
             argv=None if inherited else settings.argv,
             main_attributes=None if inherited else _main_attributes(),
-            threads=_threads(settings),
+            seat=seat,
             slot_arena=arena.id,
             caller_arena=self._caller.id,
             ledger_index=slot + 1,
@@ -213,11 +216,6 @@ class PoolMemory:
         self.stacks.close()
         self.baseline = None
         self.table.collect()  # our forked workers are gone, and with them what they held
-
-
-def _threads(settings: Settings) -> int:
-    # After an OpenMP region in the parent, a forked child that starts a second thread hangs.
-    return 1 if settings.method == "fork" else max(1, available_cpus() // settings.processes)
 
 
 def _tracker_fd() -> int | None:

@@ -54,6 +54,7 @@ class Kind(IntEnum):
     FALTERED = 27
     LINGERING = 28
     EXIT_FAILED = 29
+    OVERWEIGHT = 32
 
 
 class Mode(IntEnum):

@@ -37,6 +37,7 @@ from tpool.local.outbox import Outboxes
 from tpool.local.retirement import end_program
 from tpool.local.stacks import tell_on_signal
 from tpool.local.story import format_remote, safe_repr
+from tpool.local.weight import Weight
 from tpool.local.wire import Kind, Mode, Status
 from tpool.tensors import leases
 from tpool.tensors.arena import Allocator, Arena, Ledger
@@ -117,6 +118,8 @@ class Worker:
         tell_on_signal(stacks_fd)
         identity.assume(hello, tracker[0] if tracker else None)
         identity.set_worker_info(hello.info)
+        limit = hello.seat.max_memory_nbytes
+        self._weight = None if limit is None else Weight(limit)
         arena = self._attach(hello.slot_arena, slot_fd)
         allocator = Allocator(arena, Ledger.attach(ledger_fd), hello.ledger_index)
         self._table.add(arena, allocator)
@@ -163,6 +166,9 @@ class Worker:
         while True:
             if self._tasks:
                 self._next_task()
+                if self._weight is not None and (excess := self._weight.excess()) is not None:
+                    self._send(Kind.OVERWEIGHT, wire.pack_id(excess))
+                    return  # what it has not started goes to others
             elif self._retiring:
                 return
             else:
