@@ -138,7 +138,7 @@ def test_limits_and_progress(own_pool, pool):
         (TypeError, "batch_size must be a number of items, not 2.5", {"batch_size": 2.5}),
         (ValueError, "out is of length 3 along dimension 0, and data of 4", {"out": torch.ones(3)}),
         (ValueError, "out must be on the CPU", {"out": torch.ones(4, device="meta")}),
-        (ValueError, r"shape \(2, 2\) for items 0 to 2; its place in the output is of shape \(2, 1\)", {
+        (ValueError, r"shape \(2, 2\) for items \d to \d; its place in the output is of shape \(2, 1\)", {
             "out": torch.ones(4, 1)
         }),
         (TypeError, "returned a tensor; the output is a dict with 'x': a tensor", {"out": {"x": torch.ones(4)}}),

@@ -60,7 +60,7 @@ class Encoder:
         return Reference(functools.partial(self._hold, share), obj)
 
     def _hold(self, share: bool, obj: object) -> HeldObject:
-        self._patience.set_patience(False)
+        self._patience.set_patience(None)
         return self._holder.hold(self._codec.dumps(obj, sharing="share" if share else None))
 
     def empty(self, size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
