@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import multiprocessing
 import os
 import random
@@ -459,3 +460,23 @@ def keep(nbytes):
 def fill_and_tell_pid(tensor, value):
     tensor.fill_(value)
     return os.getpid()
+
+
+# Logging ------------------------------------------------------------------------------------------------------------
+
+
+def log(item):
+    logging.getLogger("experiment").info("item %d of %d", item, 10)
+    return os.getpid()
+
+
+def log_and_wait(gate):
+    logging.getLogger("experiment").debug("before")
+    wait_for_file(gate)
+
+
+def log_exception(text):
+    try:
+        raise ZeroDivisionError
+    except ZeroDivisionError:
+        logging.getLogger("experiment").exception(text)

@@ -54,7 +54,7 @@ ROWS = [
         "tpool.local.story",
         "tpool.local.weight",
     ],
-    ["tpool.local.wire", "tpool.local.lifetime", "tpool.local.seat"],
+    ["tpool.local.wire", "tpool.local.lifetime", "tpool.local.logs", "tpool.local.seat"],
     ["tpool.local.identity"],
     ["tpool.local.calls"],
     ["tpool.local.worker"],

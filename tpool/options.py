@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import operator
 import os
 from collections.abc import Callable, Iterable
@@ -238,3 +239,15 @@ def _check_max(max_memory: int | str | None) -> int | None:
     if nbytes < 1:
         raise ValueError(f"max_memory must be 1 or more bytes, not {max_memory!r}")
     return nbytes
+
+
+def check_log_level(forward_logs: bool | int | str) -> int | None:
+    """The level of the least records that workers send; None to send none."""
+    if forward_logs is False:
+        return None
+    if forward_logs is True:
+        return logging.getLogger().getEffectiveLevel()
+    level = logging.getLevelName(forward_logs) if isinstance(forward_logs, str) else forward_logs
+    if not isinstance(level, int):
+        raise ValueError(f"forward_logs must be True, or a level such as 'INFO' or logging.INFO, not {forward_logs!r}")
+    return level

@@ -40,6 +40,9 @@ T = TypeVar("T")
 # What an imap may hold in items drawn but not consumed, as a share of the pool's shared memory: its results need room.
 STREAM_SHARE = 4
 
+LOG_SECONDS = 5.0
+"""How long ``terminate`` waits for log records that the caller's handlers have not handled yet."""
+
 _pool_numbers = itertools.count(1)
 
 
@@ -86,6 +89,11 @@ class Pool(StreamCalls, BatchCalls, Seen):
         max_memory: a worker with more private memory than this after a task, in bytes or as text such as ``"2GB"``,
             is replaced by a fresh one. Shared memory does not count. None for any amount.
 
+        forward_logs: True, or a level such as ``"INFO"``: what workers log from that level on (True: the root
+            logger's) is handled here, by the loggers of the same names, in a thread of the pool's; a record's
+            ``processName`` and ``worker`` tell where it comes from. In the workers it replaces the root logger's
+            handlers and level.
+
     ``timeout``, ``retries`` and ``retry_on`` can be given to each call, too, which then go before these.
 
     Raises:
@@ -114,6 +122,7 @@ class Pool(StreamCalls, BatchCalls, Seen):
         affinity: bool | Iterable[int | Iterable[int]] | None = None,
         devices: Iterable[str] | None = None,
         max_memory: int | str | None = None,
+        forward_logs: bool | int | str = False,
     ) -> None:
         check_platform()
         self._limits = Limits(timeout, retries, retry_on)
@@ -129,6 +138,7 @@ class Pool(StreamCalls, BatchCalls, Seen):
             memory_nbytes=options.parse_nbytes(memory),
             sharing=options.check_sharing(sharing),
             steering=options.check_steering(threads, affinity, devices, max_memory, method),
+            log_level=options.check_log_level(forward_logs),
         )
         refuse_fork_after_cuda(settings.method)
         self._processes = settings.processes
@@ -298,6 +308,7 @@ class Pool(StreamCalls, BatchCalls, Seen):
         if not self._handler.ended:
             self._handler.terminate()
             self._handler.join(None)
+            self._join_logs(LOG_SECONDS)
 
     def join(self, timeout: float | None = None) -> None:
         """Wait until all work is done, callbacks included, and all workers are gone.
@@ -317,6 +328,11 @@ class Pool(StreamCalls, BatchCalls, Seen):
         self._handler.lift_back_pressure()
         if not (self._handler.join(timeout) and self._callbacks.join(timeout)):
             raise multiprocessing.TimeoutError(f"the pool did not end within {timeout} seconds")
+        self._join_logs(timeout)
+
+    def _join_logs(self, timeout: float | None) -> None:
+        if self._engine.logs is not None:
+            self._engine.logs.join(timeout)
 
     def __enter__(self) -> Pool:
         self._gate.check_running()

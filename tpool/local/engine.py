@@ -74,6 +74,7 @@ class LocalEngine(Encoder):
         self.awaits_earlier: Callable[[], bool] = lambda: False
         self.pressing = self.can_lend = False
         self._memory = PoolMemory(settings, self._hunger.wait)
+        self.logs = self._memory.logs
         super().__init__(self._memory.codec, self._hunger, self._crew)
         self._initializer: Payload | None = None
         try:

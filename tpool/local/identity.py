@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from tpool.local.logs import install_sender
 from tpool.local.seat import Seat
 from tpool.tensors.storages import Sharing
 
@@ -67,6 +68,7 @@ class Hello:
         ledger_index: the slot's counter in the pool's ledger.
         live_blocks: (offset, nbytes) in the slot's arena that an earlier worker left in use.
         has_tracker: whether the caller's resource tracker's descriptor comes with this message.
+        log_level: of the least log records to send; None for none, else their socket comes last with this message.
         sharing: ``share`` or ``copy``.
         can_swap: see ``Codec``; the caller's, so that both sides do the same.
     """
@@ -88,12 +90,18 @@ class Hello:
     ledger_index: int
     live_blocks: list[tuple[int, int]]
     has_tracker: bool
+    log_level: int | None
     sharing: Sharing
     can_swap: bool
 
 
-def assume(hello: Hello, tracker_fd: int | None) -> None:
-    """Become the process that ``hello`` describes; called once, before any of the user's code."""
+def assume(hello: Hello, fds: list[int]) -> None:
+    """Become the process that ``hello`` describes; called once, before any of the user's code.
+
+    Args:
+        hello: see there.
+        fds: the descriptors that not every worker gets: the tracker's, and that of the log records.
+    """
     if hello.environment is not None:
         os.environ.clear()
         os.environ.update(hello.environment)
@@ -107,11 +115,13 @@ def assume(hello: Hello, tracker_fd: int | None) -> None:
         sys.argv[:] = hello.argv
     if hello.main_attributes is not None:
         _install_main(hello.main_attributes)
-    if tracker_fd is not None:
+    if hello.has_tracker:
         # One tracker for the family: a tracker of the worker's own would unlink the caller's shared memory at its
         # exit (cpython#82300).
-        multiprocessing.resource_tracker._resource_tracker._fd = tracker_fd  # type: ignore[attr-defined]
+        multiprocessing.resource_tracker._resource_tracker._fd = fds[0]  # type: ignore[attr-defined]
     _become_process(hello)
+    if hello.log_level is not None:
+        install_sender(fds[-1], hello.log_level, hello.info.id)
     hello.seat.take()
     _seed(hello.info.seed)
 

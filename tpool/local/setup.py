@@ -24,6 +24,7 @@ from tpool.errors import PlatformError, ProtocolError
 from tpool.local.identity import Hello, WorkerInfo
 from tpool.local.launch import ForkLauncher, Launcher, SpawnLauncher, ZygoteLauncher
 from tpool.local.lifetime import Lifetime
+from tpool.local.logs import LogReceiver
 from tpool.local.outbox import Outbox, Outboxes
 from tpool.local.process import Inheritance
 from tpool.local.seat import Steering
@@ -50,6 +51,7 @@ class Settings:
         memory_nbytes: the pool's budget of shared memory.
         sharing: ``share`` or ``copy``.
         steering: what each worker is given.
+        log_level: of the least log records that workers send; None to send none.
         can_swap: see ``Codec``.
         environment, directory, path, argv: of the moment the pool is made.
     """
@@ -62,6 +64,7 @@ class Settings:
     memory_nbytes: int
     sharing: Sharing
     steering: Steering = field(default_factory=Steering)
+    log_level: int | None = None
     can_swap: bool = torch_private.CAN_SWAP
     environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
     directory: str | None = field(default_factory=lambda: _working_directory())
@@ -117,6 +120,9 @@ class PoolMemory:
             undo.callback(self._outboxes.close)
             self.stacks = Stacks()
             undo.callback(self.stacks.close)
+            self.logs = None if settings.log_level is None else LogReceiver(settings.log_level)
+            if self.logs is not None:
+                undo.callback(self.logs.close)
             self._caller = Arena.create(settings.memory_nbytes)
             undo.callback(self.table.remove, self._caller)
             self.table.add(self._caller, Allocator(self._caller, self._ledger, 0))
@@ -170,11 +176,13 @@ class PoolMemory:
             ledger_index=slot + 1,
             live_blocks=self.table.live_blocks(self.peers[slot], arena),
             has_tracker=tracker_fd is not None,
+            log_level=settings.log_level,
             sharing=settings.sharing,
             can_swap=settings.can_swap,
         )
-        fds = (arena.fd, self._caller.fd, self._ledger.fd, self._outboxes.fd, self.stacks.fd)
-        return pickle.dumps(hello), fds if tracker_fd is None else (*fds, tracker_fd)
+        optional = [fd for fd in (tracker_fd, None if self.logs is None else self.logs.fd) if fd is not None]
+        fds = (arena.fd, self._caller.fd, self._ledger.fd, self._outboxes.fd, self.stacks.fd, *optional)
+        return pickle.dumps(hello), fds
 
     def committed_nbytes(self, slot: int | None) -> tuple[int, int]:
         """Shared memory that the slot has, and the most it ever had; of the caller for None."""
@@ -214,6 +222,8 @@ class PoolMemory:
         self._ledger.close()
         self._outboxes.close()
         self.stacks.close()
+        if self.logs is not None:
+            self.logs.close()
         self.baseline = None
         self.table.collect()  # our forked workers are gone, and with them what they held
 

@@ -114,9 +114,9 @@ class Worker:
         if frame.kind != Kind.HELLO:
             raise ProtocolError(f"the first frame is of kind {frame.kind}, not HELLO")
         hello: identity.Hello = pickle.loads(frame.body)
-        slot_fd, caller_fd, ledger_fd, outboxes_fd, stacks_fd, *tracker = frame.fds
+        slot_fd, caller_fd, ledger_fd, outboxes_fd, stacks_fd, *others = frame.fds
         tell_on_signal(stacks_fd)
-        identity.assume(hello, tracker[0] if tracker else None)
+        identity.assume(hello, others)
         identity.set_worker_info(hello.info)
         limit = hello.seat.max_memory_nbytes
         self._weight = None if limit is None else Weight(limit)
