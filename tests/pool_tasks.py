@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import multiprocessing
 import os
 import random
@@ -337,3 +338,145 @@ def close_log():
 
 def fail_to_close():
     raise RuntimeError("it would not close")
+
+
+# Objects that workers keep ------------------------------------------------------------------------------------------
+
+
+def run_model(model, row):
+    with torch.no_grad():
+        return model(row)
+
+
+def run_nested(item):
+    ((model, row),) = item["deep"]
+    return run_model(model, row)
+
+
+def meet_with(obj, *meeting):
+    wait_at(*meeting)
+    return os.getpid()
+
+
+def identify(obj):
+    return os.getpid(), id(obj)
+
+
+def add_to_weight(model, value):
+    with torch.no_grad():
+        model.weight.add_(value)
+
+
+def read_weight(model):
+    return model.weight.flatten()[0].item()
+
+
+def first(tensor):
+    return tensor[0].item()
+
+
+def sum_inner(table):
+    return int(table["inner"].sum())
+
+
+class Watched:
+    """Counted while it lives."""
+
+
+def count_watched(watched=None):
+    return sum(type(obj) is Watched for obj in gc.get_objects())
+
+
+class Unreadable:
+    def __reduce__(self):
+        return _refuse_to_be_read, ()
+
+
+def _refuse_to_be_read():
+    raise ValueError("it will not be read")
+
+
+# Batches ------------------------------------------------------------------------------------------------------------
+
+
+def best_of_rows(batch):
+    return batch.argmax(1)
+
+
+def sum_and_count(batch):
+    return {"sum": batch["x"].sum(1) + batch["y"], "count": torch.ones_like(batch["y"])}
+
+
+def sum_of_columns(batch):
+    return batch.sum(0, keepdim=True)
+
+
+def nothing_after_the_first(batch):
+    return batch if batch.flatten()[0] == 0 else None
+
+
+def sleep_for_long(batch):
+    time.sleep(60)
+
+
+# Seen in reports ----------------------------------------------------------------------------------------------------
+
+
+def tell_pid_and_spin_in_c(path):
+    Path(path).write_text(str(os.getpid()))
+    sum(range(1 << 60))
+
+
+def tell_pid_and_wait(path, gate):
+    Path(path).write_text(str(os.getpid()))
+    wait_for_file(gate)
+
+
+def start_thread(function):
+    thread = threading.Thread(target=function)
+    thread.start()
+    return thread
+
+
+# What workers are given ---------------------------------------------------------------------------------------------
+
+
+def cpus_of_worker(_):
+    return tpool.get_worker_info().id, os.sched_getaffinity(0)
+
+
+def device_of_worker(_):
+    return tpool.get_worker_info().id, (tpool.get_worker_info().device, torch.empty(1).device.type)
+
+
+kept = []
+
+
+def keep(nbytes):
+    kept.append(b"x" * nbytes)
+    return os.getpid()
+
+
+def fill_and_tell_pid(tensor, value):
+    tensor.fill_(value)
+    return os.getpid()
+
+
+# Logging ------------------------------------------------------------------------------------------------------------
+
+
+def log(item):
+    logging.getLogger("experiment").info("item %d of %d", item, 10)
+    return os.getpid()
+
+
+def log_and_wait(gate):
+    logging.getLogger("experiment").debug("before")
+    wait_for_file(gate)
+
+
+def log_exception(text):
+    try:
+        raise ZeroDivisionError
+    except ZeroDivisionError:
+        logging.getLogger("experiment").exception(text)

@@ -12,13 +12,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import tpool
 
+MODULES = ["", "batches", "imaps", "maps", "memory", "pool", "seeing", "tensors.held"]
 
-@pytest.mark.parametrize("name", ["tpool", "tpool.pool", "tpool.maps", "tpool.imaps"])
+
+@pytest.mark.parametrize("name", [f"tpool.{name}".rstrip(".") for name in MODULES])
 def test_the_examples_in_docstrings(name):
-    names = {"asyncio": asyncio, "itertools": itertools, "time": time, "tpool": tpool}
+    names = {"asyncio": asyncio, "itertools": itertools, "time": time, "torch": torch, "tpool": tpool}
     outcome = doctest.testmod(importlib.import_module(name), extraglobs=names)
     assert outcome.attempted
     assert not outcome.failed

@@ -325,11 +325,11 @@ def test_a_result_keeps_its_pool():
 
 def test_the_state_in_a_line():
     pool = tpool.Pool(1)
-    assert repr(pool) == "<tpool.Pool state=RUN pool_size=1>"
+    assert repr(pool) == "<tpool.Pool state=RUN pool_size=1 busy=0 done=0>"
     pool.close()
-    assert repr(pool) == "<tpool.Pool state=CLOSE pool_size=1>"
+    assert repr(pool) == "<tpool.Pool state=CLOSE pool_size=1 busy=0 done=0>"
     pool.terminate()
-    assert repr(pool) == "<tpool.Pool state=TERMINATE pool_size=1>"
+    assert repr(pool) == "<tpool.Pool state=TERMINATE pool_size=1 busy=0 done=0>"
     pool.join()
 
 

@@ -32,8 +32,9 @@ from tpool.local.identity import WorkerInfo, get_worker_info
 from tpool.map_result import MapResult
 from tpool.pool import Pool
 from tpool.progress import Progress
-from tpool.stats import PoolStats
+from tpool.stats import PoolStats, WorkerStats
 from tpool.streams import IMapIterator
+from tpool.tensors.held import Reference
 
 __version__ = "0.1.0"
 
@@ -51,6 +52,7 @@ __all__ = [
     "PoolTerminatedError",
     "Progress",
     "ProtocolError",
+    "Reference",
     "RemoteTraceback",
     "SharedMemoryExhausted",
     "TaskCancelledError",
@@ -61,5 +63,6 @@ __all__ = [
     "WorkerInfo",
     "WorkerLostError",
     "WorkerStartError",
+    "WorkerStats",
     "get_worker_info",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from time import monotonic
 
 from tpool import failures
 from tpool.engine import Encoded, Engine, Result, WorkerLoss
@@ -25,7 +26,11 @@ def call_directly(engine: Engine, handler: Handler, payload: Encoded, story: str
         The result, or the failure in its place; None where the call must be submitted, as no worker could be had.
     """
     job = handler.new_job()
-    answer = engine.call_now(job, payload)
+    handler.direct[job] = (story, monotonic())
+    try:
+        answer = engine.call_now(job, payload)
+    finally:
+        del handler.direct[job]
     if not isinstance(answer, WorkerLoss):
         return answer
     if handler.terminating:

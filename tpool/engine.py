@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from tpool.messages import (
     Event,
     JobId,
@@ -20,6 +22,7 @@ from tpool.messages import (
     SendTasks,
     StartWorker,
 )
+from tpool.tensors.held import Reference
 
 WorkerAction = StartWorker | SendTasks | LendWorker | RecallTasks | RetireWorker | KillWorker
 
@@ -121,6 +124,17 @@ class Engine(Protocol):
 
     def encoded_nbytes(self, encoded: Encoded) -> int:
         """How much memory an encoded object takes while it waits to be sent and used."""
+
+    def put(self, obj: object, share: bool = False) -> Reference:
+        """Have the workers keep an object; encoded at once, sent when a worker first needs it.
+
+        Args:
+            obj: which.
+            share: its tensors are to be shared with the workers, even in a pool where they are copied.
+        """
+
+    def empty(self, size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor in shared memory, whose values are whatever was there before; may wait for memory."""
 
     def open_job(self, job: JobId, mode: int, function: Encoded | None) -> None:
         """Keep what all tasks of a job have in common; sent once to each worker that gets one of them."""

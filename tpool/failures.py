@@ -15,7 +15,7 @@ _ADVICE = ". Its memory was probably exhausted, or its code crashed; the pool go
 
 def lost(loss: WorkerLoss, task: Task, story: str) -> Failure:
     """The worker that ran the task is gone."""
-    message = f"{_tell(loss)} while it ran task {task.index} of {story}{_earlier(task)}"
+    message = f"{tell(loss)} while it ran task {task.index} of {story}{_earlier(task)}"
     return Failure(WorkerLostError(message + _ADVICE, loss.pid, loss.exitcode))
 
 
@@ -36,7 +36,7 @@ def _earlier(task: Task) -> str:
 def why(cause: Any) -> str:
     """Why an attempt was in vain."""
     if isinstance(cause, WorkerLoss):
-        return _tell(cause)
+        return tell(cause)
     if isinstance(cause, TimedOut):
         return f"worker {cause.worker} was killed after {cause.timeout:g} s, its timeout"
     return "it raised an exception that is to be tried again"
@@ -51,11 +51,11 @@ def start_failed(cause: Any) -> Failure | SharedFailure:
     """Workers cannot start, or an initializer raised ``cause``."""
     if not isinstance(cause, WorkerLoss):
         return SharedFailure(cause)
-    message = f"the pool gave up: its workers cannot start; the last one, {_tell(cause)} before it was ready"
+    message = f"the pool gave up: its workers cannot start; the last one, {tell(cause)} before it was ready"
     return Failure(WorkerStartError(message))
 
 
-def _tell(loss: WorkerLoss) -> str:
+def tell(loss: WorkerLoss) -> str:
     """What happened to a worker, as the beginning of a sentence."""
     who = loss.worker if loss.pid is None else f"{loss.worker}, pid {loss.pid},"
     if loss.story:

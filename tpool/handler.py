@@ -78,7 +78,7 @@ class Handler:
         callbacks: told when no more results will come.
         name: of the pool, for threads and messages.
 
-    Shared data: ``_inbox`` and ``_sinks`` are written by callers and read here, each in single atomic steps;
+    Shared data: ``_inbox`` and ``sinks`` are written by callers and read here, each in single atomic steps;
     ``_asleep`` is written here and read by callers, who append before they look, while this thread sets it before it
     looks at the inbox: one of the two always notices.
     """
@@ -87,11 +87,12 @@ class Handler:
         self.engine = engine
         engine.may_give_back = self._may_give_back
         engine.awaits_earlier = self._awaits_earlier
-        self._scheduler = scheduler
+        self.scheduler = scheduler
         self._callbacks = callbacks
         self._pid = os.getpid()
         self._inbox: deque[Event | Task] = deque()
-        self._sinks: dict[JobId, Sink] = {}
+        self.sinks: dict[JobId, Sink] = {}
+        self.direct: dict[JobId, tuple[str, float]] = {}  # calls in lent workers: what, and since when
         self._job_ids = itertools.count(1)
         self._asleep = False
         # Tasks were submitted "soon", so this thread only naps; written before _asleep, read after it.
@@ -141,7 +142,7 @@ class Handler:
     ) -> JobId:
         """Make a job known, before its tasks."""
         job = self.new_job()
-        self._sinks[job] = sink
+        self.sinks[job] = sink
         self.engine.open_job(job, mode, function)
         self.post(JobOpened(job, batch, rules))
         return job
@@ -149,7 +150,7 @@ class Handler:
     def open_single(self, sink: Sink, mode: int, payload: Encoded, rules: Rules | None = None) -> JobId:
         """Make a job of one task known, and submit it; the handler is woken once."""
         job = self.new_job()
-        self._sinks[job] = sink
+        self.sinks[job] = sink
         self.engine.open_job(job, mode, None)
         self._post(JobSubmitted(job, [Task(job, 0, payload)], rules=rules))
         return job
@@ -198,7 +199,7 @@ class Handler:
 
     def has_started(self, job: JobId) -> bool:
         """Whether a worker holds a task of this job."""
-        return self._scheduler.has_started(job)
+        return self.scheduler.has_started(job)
 
     def terminate(self) -> None:
         """Stop everything; returns at once."""
@@ -218,16 +219,16 @@ class Handler:
 
     def lift_back_pressure(self) -> None:
         """Let streams run to their end though nobody consumes them: somebody waits for the end of all work."""
-        for sink in list(self._sinks.values()):
+        for sink in list(self.sinks.values()):
             sink.lift_back_pressure()
 
     def _may_give_back(self) -> bool:
         """Whether a caller may yet take a result and so give its memory back; see Engine."""
-        return any(sink.has_consumable() for sink in list(self._sinks.values()))
+        return any(sink.has_consumable() for sink in list(self.sinks.values()))
 
     def _awaits_earlier(self) -> bool:
         """Whether a stream holds back results until an earlier one comes; see Engine."""
-        return any(sink.awaits_earlier() for sink in list(self._sinks.values()))
+        return any(sink.awaits_earlier() for sink in list(self.sinks.values()))
 
     def forget_pool(self, description: str) -> None:
         """The pool object was collected; called by its finalizer."""
@@ -245,7 +246,7 @@ class Handler:
 
     def _run(self) -> None:
         try:
-            self._carry_out(self._scheduler.begin())
+            self._carry_out(self.scheduler.begin())
             self._begun.set()
             while not self._ended.is_set():
                 self._take_inbox()
@@ -274,22 +275,22 @@ class Handler:
         timeout: float | None = NAP_SECONDS if self._napping else None
         if self._inbox:
             timeout = 0.0
-        elif self._scheduler.wake_at is not None:
-            until = max(0.0, self._scheduler.wake_at - monotonic())
+        elif self.scheduler.wake_at is not None:
+            until = max(0.0, self.scheduler.wake_at - monotonic())
             timeout = until if timeout is None else min(until, timeout)
-        self.engine.pressing = self._scheduler.wants_workers
-        self.engine.can_lend = self._scheduler.can_lend
+        self.engine.pressing = self.scheduler.wants_workers
+        self.engine.can_lend = self.scheduler.can_lend
         events = self.engine.wait(timeout)
         self._asleep = False
         for event in events:
             self._handle(event)
-        wake_at = self._scheduler.wake_at
+        wake_at = self.scheduler.wake_at
         if wake_at is not None and monotonic() >= wake_at:
             self._handle(TimePassed())
 
     def _handle(self, event: Event) -> None:
         try:
-            actions = self._scheduler.handle(event, monotonic())
+            actions = self.scheduler.handle(event, monotonic())
         except ProtocolError as error:
             worker: WorkerId = event.worker  # type: ignore[union-attr]
             logger.warning("worker %s is killed: %s", worker, error)
@@ -312,14 +313,14 @@ class Handler:
         self._followups.extend(self.engine.perform(action))
 
     def _resolve(self, action: ResolveTasks) -> None:
-        sinks = self._sinks
+        sinks = self.sinks
         self.tasks_done += len(action.outcomes)
         for task, result in action.outcomes:
             sinks[task.job].resolve(task.index, result)
 
     def _fail(self, action: FailTask) -> None:
         task = action.task
-        sink = self._sinks[task.job]
+        sink = self.sinks[task.job]
         sink.resolve(task.index, self._explain(action.cause, task, sink))
 
     def _explain(self, cause: Any, task: Task, sink: Sink) -> Result:
@@ -348,11 +349,11 @@ class Handler:
         self.tasks_retried += 1
         self.workers_lost += isinstance(cause, WorkerLoss)
         self.tasks_timed_out += isinstance(cause, TimedOut)
-        story = self._sinks[task.job].story
+        story = self.sinks[task.job].story
         logger.warning("task %d of %s is tried again: %s", task.index, story, failures.why(cause))
 
     def _drop(self, action: DropTask) -> None:
-        sink = self._sinks.get(action.task.job)
+        sink = self.sinks.get(action.task.job)
         if sink is not None:  # else the job was finished, and its feeder has just added this
             sink.drop(action.task.index)
 
@@ -361,7 +362,7 @@ class Handler:
 
     def _finish(self, action: FinishJob) -> None:
         self.engine.forget_job(action.job)
-        self._sinks.pop(action.job).finish()
+        self.sinks.pop(action.job).finish()
 
     def _end(self, action: EndPool) -> None:
         if action.error is not None:
@@ -392,6 +393,6 @@ class Handler:
         """Whatever was submitted in the moment of the end has an outcome too."""
         assert self._last_words is not None
         self._inbox.clear()
-        while self._sinks:
-            _, sink = self._sinks.popitem()
+        while self.sinks:
+            _, sink = self.sinks.popitem()
             sink.abandon(self._last_words)

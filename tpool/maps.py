@@ -22,7 +22,12 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class MapCall:
-    """What is called on every item, and how."""
+    """What is called on every item, and how.
+
+    Attributes:
+        func: the user's function.
+        carrier: what is sent in its place and calls it; None for the function itself.
+    """
 
     mode: Mode
     name: str
@@ -30,6 +35,7 @@ class MapCall:
     limits: Limits
     progress: bool | Show
     ordered: bool = True
+    carrier: Callable[..., Any] | None = None
 
     @property
     def story(self) -> str:
@@ -207,5 +213,5 @@ class MapCalls(Calls):
             result = MapResult(*arguments, ordered=call.ordered)
         else:
             result = MeteredMap(meter, len(items), size, *arguments, ordered=call.ordered)
-        self._opener.open_map(result, call.mode, call.func, items, size, call.limits)
+        self._opener.open_map(result, call.mode, call.carrier or call.func, items, size, call.limits)
         return result

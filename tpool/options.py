@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import functools
+import logging
+import operator
+import os
 from collections.abc import Callable, Iterable
 from multiprocessing.context import BaseContext
-from typing import cast
+from typing import Any, cast
+
+import torch
 
 from tpool.local.cpus import available_cpus
+from tpool.local.seat import Steering
 from tpool.tensors.budget import default_budget_nbytes
 from tpool.tensors.storages import Sharing
 
@@ -148,3 +154,100 @@ def check_seed(seed: int | None) -> int | None:
     if seed < 0:
         raise ValueError(f"seed must be 0 or more, not {seed}")
     return seed
+
+
+# What each worker is given -----------------------------------------------------------------------------------------
+
+
+def check_steering(
+    threads: int | None, affinity: object, devices: Iterable[str] | None, max_memory: int | str | None, method: str
+) -> Steering:
+    """Threads, CPUs, devices and memory of the workers; see ``Pool``."""
+    return Steering(
+        _check_threads(threads, method), _check_affinity(affinity), _check_devices(devices), _check_max(max_memory)
+    )
+
+
+def _check_threads(threads: int | None, method: str) -> int | None:
+    if threads is None:
+        return None
+    if isinstance(threads, bool) or not isinstance(threads, int):
+        raise TypeError(f"threads must be a number for each worker, or None, not {threads!r}")
+    if threads < 1:
+        raise ValueError(f"threads must be 1 or more, not {threads}")
+    if threads > 1 and method == "fork":
+        raise ValueError(
+            "threads must be 1 with context='fork': a forked worker hangs in OpenMP once this process has used it; use"
+            " the default start method"
+        )
+    return threads
+
+
+def _check_affinity(affinity: Any) -> tuple[frozenset[int], ...]:
+    ours = sorted(os.sched_getaffinity(0))
+    if affinity is None or affinity is False:
+        return ()
+    if affinity is True:
+        return tuple(frozenset({cpu}) for cpu in ours)
+    try:
+        given = [{entry} if hasattr(type(entry), "__index__") else set(entry) for entry in affinity]
+        sets = tuple(frozenset(map(operator.index, entry)) for entry in given)
+    except TypeError as error:
+        raise TypeError(
+            f"affinity must be True (a CPU for each worker) or CPUs for one worker after the other, as in [0, 1] or"
+            f" [{{0, 1}}, {{2, 3}}]; not {affinity!r}"
+        ) from error
+    if not sets or not all(sets):
+        raise ValueError(f"affinity must name at least one CPU for each worker; not {affinity!r}")
+    foreign = sorted(frozenset().union(*sets).difference(ours))
+    if foreign:
+        raise ValueError(f"affinity names CPUs {foreign}; this process may use {ours}")
+    return sets
+
+
+def _check_devices(devices: Iterable[str] | None) -> tuple[str, ...]:
+    if devices is None:
+        return ()
+    if isinstance(devices, (str, torch.device)):
+        raise TypeError(f"devices must be a list, not {devices!r}; write [{str(devices)!r}]")
+    names = tuple(map(str, devices))
+    if not names:
+        raise ValueError("devices must name at least one device; leave it out to use the CPU")
+    for name in names:
+        _check_device(name)
+    return names
+
+
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"devices: {name!r} is no device of torch; write 'cuda:0', 'cpu' or the like") from error
+    if device.type != "cuda":
+        return
+    if not torch.cuda.is_available():
+        raise ValueError(f"devices: {name!r} cannot be used, as torch finds no CUDA GPU here; leave devices out")
+    count = torch.cuda.device_count()
+    if device.index is not None and device.index >= count:
+        raise ValueError(f"devices: there is no {name!r}; this machine has cuda:0 to cuda:{count - 1}")
+
+
+def _check_max(max_memory: int | str | None) -> int | None:
+    if max_memory is None:
+        return None
+    nbytes = parse_size("max_memory", max_memory)
+    if nbytes < 1:
+        raise ValueError(f"max_memory must be 1 or more bytes, not {max_memory!r}")
+    return nbytes
+
+
+def check_log_level(forward_logs: bool | int | str) -> int | None:
+    """The level of the least records that workers send; None to send none."""
+    if forward_logs is False:
+        return None
+    if forward_logs is True:
+        return logging.getLogger().getEffectiveLevel()
+    level = logging.getLevelName(forward_logs) if isinstance(forward_logs, str) else forward_logs
+    if not isinstance(level, int):
+        raise ValueError(f"forward_logs must be True, or a level such as 'INFO' or logging.INFO, not {forward_logs!r}")
+    return level

@@ -17,6 +17,7 @@ from multiprocessing.context import BaseContext
 from typing import Any, ParamSpec, TypeVar
 
 from tpool import options
+from tpool.batches import BatchCalls
 from tpool.errors import WorkerLostError
 from tpool.executor import PoolExecutor
 from tpool.futures import AsyncResult
@@ -27,12 +28,11 @@ from tpool.limits import POOL, Limits, PoolDefault, RetryOn
 from tpool.local.engine import LocalEngine
 from tpool.local.lifetime import Lifetime
 from tpool.local.setup import Settings, check_platform, refuse_fork_after_cuda
-from tpool.maps import MapCalls
 from tpool.messages import JobId, PoolClosed
 from tpool.opening import Opener
 from tpool.results import Callbacks, finish
 from tpool.scheduler import Scheduler
-from tpool.stats import PoolStats
+from tpool.seeing import Seen
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -40,10 +40,13 @@ T = TypeVar("T")
 # What an imap may hold in items drawn but not consumed, as a share of the pool's shared memory: its results need room.
 STREAM_SHARE = 4
 
+LOG_SECONDS = 5.0
+"""How long ``terminate`` waits for log records that the caller's handlers have not handled yet."""
+
 _pool_numbers = itertools.count(1)
 
 
-class Pool(MapCalls, StreamCalls):
+class Pool(StreamCalls, BatchCalls, Seen):
     """A pool of worker processes that moves tensors through shared memory by handle.
 
     The API of ``multiprocessing.Pool``; what is better is listed in the README. May be used from any thread of the
@@ -72,9 +75,24 @@ class Pool(MapCalls, StreamCalls):
         seed: gives each call on each item random numbers of its own in ``random``, ``torch`` and ``numpy``: the same
             in each run that makes the same calls in the same order, whatever the number of workers, the chunks, the
             order in which tasks run, or the retries. None: workers are seeded differently, and tasks not at all.
-        worker_exit: called in each worker when it retires: after its last task when the pool was closed, or after
-            ``maxtasksperchild`` calls; not where it is killed, as by ``terminate``. If it raises, that is logged as a
-            warning of the logger ``tpool``. ``get_worker_info().state`` is a place for what the initializer opened.
+        worker_exit: called in each worker when it retires: after its last task when the pool was closed, after
+            ``maxtasksperchild`` calls, or above ``max_memory``; not where it is killed, as by ``terminate``. If it
+            raises, that is logged as a warning of the logger ``tpool``. ``get_worker_info().state`` is a place for
+            what the initializer opened.
+        threads: how many threads each worker may use for one operation of torch and of the OpenMP and BLAS libraries
+            (of those that are loaded already only where threadpoolctl is installed). None: its share of the CPUs, for
+            torch alone.
+        affinity: which CPUs workers may run on: True for one each, or a list of CPUs, or of sets of CPUs, that are
+            given to one worker after the other, again from the start if there are more workers; None for all.
+        devices: devices of torch, such as ``["cuda:0", "cuda:1"]``, given to one worker after the other in the same
+            way. There it is the default device; ``get_worker_info().device`` names it.
+        max_memory: a worker with more private memory than this after a task, in bytes or as text such as ``"2GB"``,
+            is replaced by a fresh one. Shared memory does not count. None for any amount.
+
+        forward_logs: True, or a level such as ``"INFO"``: what workers log from that level on (True: the root
+            logger's) is handled here, by the loggers of the same names, in a thread of the pool's; a record's
+            ``processName`` and ``worker`` tell where it comes from. In the workers it replaces the root logger's
+            handlers and level.
 
     ``timeout``, ``retries`` and ``retry_on`` can be given to each call, too, which then go before these.
 
@@ -100,19 +118,27 @@ class Pool(MapCalls, StreamCalls):
         retry_on: RetryOn = WorkerLostError,
         seed: int | None = None,
         worker_exit: Callable[[], object] | None = None,
+        threads: int | None = None,
+        affinity: bool | Iterable[int | Iterable[int]] | None = None,
+        devices: Iterable[str] | None = None,
+        max_memory: int | str | None = None,
+        forward_logs: bool | int | str = False,
     ) -> None:
         check_platform()
         self._limits = Limits(timeout, retries, retry_on)
         seed = options.check_seed(seed)
         max_tasks = options.check_max_tasks(maxtasksperchild)
+        method = options.start_method(context)
         settings = Settings(
             processes=options.check_processes(processes),
-            method=options.start_method(context),
+            method=method,
             initializer=_with_exit(options.check_initializer(initializer), options.check_worker_exit(worker_exit)),
             initargs=tuple(initargs),
             preload=options.check_preload(preload),
             memory_nbytes=options.parse_nbytes(memory),
             sharing=options.check_sharing(sharing),
+            steering=options.check_steering(threads, affinity, devices, max_memory, method),
+            log_level=options.check_log_level(forward_logs),
         )
         refuse_fork_after_cuda(settings.method)
         self._processes = settings.processes
@@ -136,7 +162,8 @@ class Pool(MapCalls, StreamCalls):
         self._handler.start()
 
     def __repr__(self) -> str:
-        return f"<{type(self).__module__.partition('.')[0]}.Pool state={self._gate.state} pool_size={self._processes}>"
+        name = type(self).__module__.partition(".")[0]
+        return f"<{name}.Pool state={self._gate.state} pool_size={self._processes} {self._busy()}>"
 
     def __reduce__(self) -> str:
         raise NotImplementedError("pool objects cannot be passed between processes or pickled")
@@ -281,6 +308,7 @@ class Pool(MapCalls, StreamCalls):
         if not self._handler.ended:
             self._handler.terminate()
             self._handler.join(None)
+            self._join_logs(LOG_SECONDS)
 
     def join(self, timeout: float | None = None) -> None:
         """Wait until all work is done, callbacks included, and all workers are gone.
@@ -300,6 +328,11 @@ class Pool(MapCalls, StreamCalls):
         self._handler.lift_back_pressure()
         if not (self._handler.join(timeout) and self._callbacks.join(timeout)):
             raise multiprocessing.TimeoutError(f"the pool did not end within {timeout} seconds")
+        self._join_logs(timeout)
+
+    def _join_logs(self, timeout: float | None) -> None:
+        if self._engine.logs is not None:
+            self._engine.logs.join(timeout)
 
     def __enter__(self) -> Pool:
         self._gate.check_running()
@@ -307,18 +340,6 @@ class Pool(MapCalls, StreamCalls):
 
     def __exit__(self, *exc_info: object) -> None:
         self.terminate()
-
-    def stats(self) -> PoolStats:
-        """What the pool has done so far; from any thread."""
-        handler, traffic = self._handler, self._engine.traffic
-        return PoolStats(
-            handler.tasks_done + self._engine.calls,
-            handler.workers_lost,
-            traffic.moved_nbytes,
-            traffic.piped_nbytes,
-            handler.tasks_retried,
-            handler.tasks_timed_out,
-        )
 
 
 def _with_exit(

@@ -179,6 +179,11 @@ class Scheduler:
         if event.asker is not None:
             self._out.append(AnswerCancel(event.asker, dropped))
 
+    @property
+    def workers(self) -> list[Worker]:
+        """Those there are, as they are now; any thread may read it."""
+        return list(self._workers.values())
+
     def has_started(self, job_id: JobId) -> bool:
         """Whether a worker holds a task of this job. Any thread may ask; a moment later it may be otherwise."""
         job = self._book.get(job_id)

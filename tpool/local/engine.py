@@ -26,12 +26,13 @@ from time import monotonic
 from tpool.engine import Result, WorkerAction, WorkerLoss
 from tpool.errors import ProtocolError
 from tpool.local.channel import Channel, Frame, connection
-from tpool.local.crew import Crew
+from tpool.local.crew import Crew, SlotRecord
 from tpool.local.encoding import Encoder
 from tpool.local.hunger import STARVING_SECONDS, Hunger
 from tpool.local.launch import Launched, Launcher, LaunchEvent, LaunchFailed, Reaped
 from tpool.local.lending import Lending
 from tpool.local.lingering import Lingering
+from tpool.local.looks import Look
 from tpool.local.member import Member
 from tpool.local.poller import Poller
 from tpool.local.setup import PoolMemory, Settings, make_launcher
@@ -66,16 +67,15 @@ class LocalEngine(Encoder):
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._crew = Crew()
-        self.traffic = self._crew.traffic
+        self._crew = Crew([SlotRecord() for _ in range(settings.processes)])
         self._hunger = Hunger(self.wake)
         self._hungry = False  # somebody waits for memory: idle memory of ours is to be found and given up
         self.may_give_back: Callable[[], bool] = lambda: False
         self.awaits_earlier: Callable[[], bool] = lambda: False
         self.pressing = self.can_lend = False
         self._memory = PoolMemory(settings, self._hunger.wait)
-        super().__init__(self._memory.codec, self._hunger)
-        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.logs = self._memory.logs
+        super().__init__(self._memory.codec, self._hunger, self._crew)
         self._initializer: Payload | None = None
         try:
             if settings.method != "fork":
@@ -103,29 +103,21 @@ class LocalEngine(Encoder):
 
     # Any thread -----------------------------------------------------------------------------------------------------
 
-    def open_job(self, job: JobId, mode: int, function: Payload | bytes | None) -> None:
-        """See Engine."""
-        if function is not None:
-            self._crew.jobs[job] = (mode, function)
-
     def call_now(self, job: JobId, payload: Payload | bytes) -> Result | WorkerLoss | None:
         """See Engine."""
-        if not isinstance(payload, bytes) and (payload.blocks or payload.fds or not isinstance(payload.data, bytes)):
+        if not isinstance(payload, bytes) and not payload.goes_alone:
             return None  # the handler counts what moves
         borrowed = self._lending.loans.borrow()
         return None if borrowed is None else borrowed.loan.call(job, payload, borrowed)
+
+    def look(self) -> Look:
+        """What is known of the workers; from any thread."""
+        return Look(self._crew, self._memory, self._lending)
 
     @property
     def calls(self) -> int:
         """How many calls were answered by lent workers."""
         return self._lending.calls
-
-    def wake(self) -> None:
-        """See Engine."""
-        try:
-            os.eventfd_write(self._wake_fd, 1)
-        except (OSError, ValueError):
-            return  # closed meanwhile: nobody is left to wake
 
     # Actions --------------------------------------------------------------------------------------------------------
 
@@ -184,6 +176,7 @@ class LocalEngine(Encoder):
         member = Member(action.worker, slot, Channel(ours), claims_fd, self._memory, self._crew)
         self._members[action.worker] = member
         self._launched += 1
+        self._crew.slots[slot].workers += 1
         hello, fds = self._memory.hello(slot, self._launched)
         member.channel.put(Kind.HELLO, hello, fds)
         if self._initializer is not None:
@@ -230,12 +223,17 @@ class LocalEngine(Encoder):
         member.give_up(f"sent something that is no message of ours ({error})")
 
     def _has_news(self) -> bool:
-        return bool(self._memory.table.may_collect or self._memory.owing or self._crew.forgetful)
+        return bool(
+            self._memory.table.may_collect or self._memory.owing or self._crew.forgetful or self._holder.dropped
+        )
 
     def _tidy_up(self) -> None:
         """Before this thread blocks: give back what died, so that nobody waits for it."""
         self._memory.table.collect()
+        dropped = self._holder.take_dropped()
         for member in self._members.values():
+            if dropped:
+                member.drop_objects(dropped)
             if member.lent:
                 self._lending.touch(member, lambda member=member: self._tell(member))  # type: ignore[misc]
             elif member.pidfd is not None and not member.ended:

@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from tpool.local.logs import install_sender
+from tpool.local.seat import Seat
 from tpool.tensors.storages import Sharing
 
 
@@ -34,12 +36,14 @@ class WorkerInfo:
         id: the worker's slot in the pool, from 0; a replacement keeps the number.
         num_workers: how many slots the pool has.
         seed: what ``torch``, ``random`` and ``numpy`` were seeded with in this process.
+        device: the one of the pool's ``devices`` that is its own, as text; None where there are none.
         state: a place for whatever the initializer and the tasks of this worker want to keep, as attributes.
     """
 
     id: int
     num_workers: int
     seed: int
+    device: str | None = None
     state: types.SimpleNamespace = field(default_factory=types.SimpleNamespace, compare=False, repr=False)
 
 
@@ -59,11 +63,12 @@ class Hello:
         path: its ``sys.path``; None where inherited.
         argv: its ``sys.argv``; None where inherited.
         main_attributes: ``__file__`` and the like of its ``__main__``; None where ``__main__`` was inherited.
-        threads: intra-op threads of torch.
+        seat: what the user gives it.
         slot_arena, caller_arena: ids of the arenas whose descriptors come with this message.
         ledger_index: the slot's counter in the pool's ledger.
         live_blocks: (offset, nbytes) in the slot's arena that an earlier worker left in use.
         has_tracker: whether the caller's resource tracker's descriptor comes with this message.
+        log_level: of the least log records to send; None for none, else their socket comes last with this message.
         sharing: ``share`` or ``copy``.
         can_swap: see ``Codec``; the caller's, so that both sides do the same.
     """
@@ -79,18 +84,24 @@ class Hello:
     path: list[str] | None
     argv: list[str] | None
     main_attributes: dict[str, Any] | None
-    threads: int
+    seat: Seat
     slot_arena: int
     caller_arena: int
     ledger_index: int
     live_blocks: list[tuple[int, int]]
     has_tracker: bool
+    log_level: int | None
     sharing: Sharing
     can_swap: bool
 
 
-def assume(hello: Hello, tracker_fd: int | None) -> None:
-    """Become the process that ``hello`` describes; called once, before any of the user's code."""
+def assume(hello: Hello, fds: list[int]) -> None:
+    """Become the process that ``hello`` describes; called once, before any of the user's code.
+
+    Args:
+        hello: see there.
+        fds: the descriptors that not every worker gets: the tracker's, and that of the log records.
+    """
     if hello.environment is not None:
         os.environ.clear()
         os.environ.update(hello.environment)
@@ -104,12 +115,14 @@ def assume(hello: Hello, tracker_fd: int | None) -> None:
         sys.argv[:] = hello.argv
     if hello.main_attributes is not None:
         _install_main(hello.main_attributes)
-    if tracker_fd is not None:
+    if hello.has_tracker:
         # One tracker for the family: a tracker of the worker's own would unlink the caller's shared memory at its
         # exit (cpython#82300).
-        multiprocessing.resource_tracker._resource_tracker._fd = tracker_fd  # type: ignore[attr-defined]
+        multiprocessing.resource_tracker._resource_tracker._fd = fds[0]  # type: ignore[attr-defined]
     _become_process(hello)
-    torch.set_num_threads(hello.threads)
+    if hello.log_level is not None:
+        install_sender(fds[-1], hello.log_level, hello.info.id)
+    hello.seat.take()
     _seed(hello.info.seed)
 
 

@@ -7,12 +7,14 @@ from time import monotonic
 
 from tpool.engine import WorkerLoss
 from tpool.local.channel import Frame
-from tpool.local.loans import Borrowed, Loan, Loans
+from tpool.local.loans import Borrowed, Loan, Loans, Stage
 from tpool.local.member import Member
 from tpool.local.poller import Poller
-from tpool.messages import Event, LoanWanted, TasksFinished, WorkerId, WorkerReturned
+from tpool.messages import Event, JobId, LoanWanted, TasksFinished, WorkerId, WorkerReturned
 
 __all__ = ["Lending"]
+
+_CALLING = {Stage.SENDING, Stage.WAITING, Stage.READING, Stage.HANDED_OVER}
 
 CALM_SECONDS = 0.005
 """Nothing is lent for so long after workers were needed back. Longer: after a map it takes longer until an apply is
@@ -58,6 +60,11 @@ class Lending:
     def calls(self) -> int:
         """How many calls were answered."""
         return self._calls + sum(loan.calls for loan in list(self._lent.values()))
+
+    def job_of(self, worker: WorkerId) -> JobId | None:
+        """The call that a borrower makes in this worker now. Any thread may ask; it may be over a moment later."""
+        loan = self._lent.get(worker)
+        return loan.job if loan is not None and loan.stage in _CALLING else None
 
     def lend(self, member: Member) -> None:
         """Let callers talk to this worker."""

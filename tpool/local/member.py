@@ -75,6 +75,8 @@ class Member(Orders):
         self._codec = memory.codec
         self._unsettled = 0
         self._ready = False
+        self._left = False
+        self._reason = ""  # why it leaves by itself
         self._doomed = False  # to be killed as soon as it has a process
 
     def __str__(self) -> str:
@@ -146,9 +148,13 @@ class Member(Orders):
 
     def _add_left(self, until: int | None, results: Results) -> None:
         codec = self._codec
+        before, busy_seconds = self.held, 0.0
         for job, index, seconds, stream in self.outbox.take(until):
             self.held -= 1
+            busy_seconds += seconds
             results.append((JobId(job), index, PlainResult(stream, seconds, codec), seconds))
+        self._record.tasks_done += before - self.held
+        self._record.busy_seconds += busy_seconds
 
     def _add_result(self, frame: Frame, results: Results) -> None:
         body = frame.body
@@ -162,9 +168,12 @@ class Member(Orders):
         start = wire.RESULT.size + text_nbytes
         text = body[wire.RESULT.size : start].decode(errors="replace") if text_nbytes else ""
         received = wire.unpack_payload(body, start, frame.fds, self._receive_block)[0]
-        self._traffic.piped_nbytes += len(body)
+        record = self._record
+        record.tasks_done += 1
+        record.busy_seconds += seconds
+        record.piped_nbytes += len(body)
         if received.blocks or type(received.data) is not bytes:
-            self._traffic.moved_nbytes += wire.moved_nbytes(received)
+            record.moved_nbytes += wire.moved_nbytes(received)
             self._memory.release_foreign()
         result = LocalResult(status == _ERROR, received, text, seconds, self._codec)
         results.append((JobId(job), index, result, seconds))
@@ -188,6 +197,7 @@ class Member(Orders):
                 events.append(RecallSettled(self.id))
         elif kind == Kind.READY:
             self._ready = True
+            self._record.note_ready()
             logger.info("%s is ready, pid %s", self, self.pid)
             events.append(WorkerBecameReady(self.id))
         elif kind == Kind.STARVING:
@@ -195,6 +205,8 @@ class Member(Orders):
             self._crew.starving[self] = None
         elif kind == Kind.FALTERED:
             self._falter(frame, events)
+        elif kind == Kind.OVERWEIGHT:
+            self._reason = f"left, as its private memory of {wire.unpack_id(frame.body) / 1e6:.0f} MB was too much"
         elif kind == Kind.LINGERING:
             self.token = wire.unpack_place(frame.body)
         elif kind == Kind.EXIT_FAILED:
@@ -224,6 +236,7 @@ class Member(Orders):
     def launched(self, pid: int, pidfd: int) -> None:
         """It has a process now; the pidfd is owned."""
         self.pid, self.pidfd = pid, pidfd
+        self._record.pid = pid
         logger.info("%s started, pid %d", self, pid)
         if self._doomed:
             self.kill()
@@ -260,17 +273,21 @@ class Member(Orders):
     def leave(self) -> WorkerLoss:
         """Its slot gets another worker; returns what to say of this one."""
         self._let_go()
-        return WorkerLoss(str(self), self.pid, self.exitcode, self._ready, self.story)
+        loss = WorkerLoss(str(self), self.pid, self.exitcode, self._ready, self.story or self._reason)
+        if not self._left:
+            self._left = True
+            self._record.note_end(loss)
+        return loss
 
     def bury(self, *, leave_open: bool = False) -> WorkerLoss:
         """Let go of everything it held, but for the channel where somebody uses that; returns why it is gone."""
-        self._let_go()
+        loss = self.leave()
         if not leave_open:
             self.close()
         if self.pidfd is not None:
             os.close(self.pidfd)
         logger.info("%s ended, pid %s, exit code %s", self, self.pid, self.exitcode)
-        return WorkerLoss(str(self), self.pid, self.exitcode, self._ready, self.story)
+        return loss
 
     def close(self) -> None:
         """Close the channel and the semaphore."""

@@ -10,7 +10,7 @@ from tpool.local.crew import Crew
 from tpool.local.setup import PoolMemory
 from tpool.local.wire import Kind
 from tpool.messages import JobId, Task
-from tpool.tensors.payload import GroupId, Payload
+from tpool.tensors.payload import GroupId, HeldObject, Payload
 
 __all__ = ["Orders"]
 
@@ -40,11 +40,13 @@ class Orders:
         self._memory = memory
         self._peer = memory.peers[slot]
         self._crew = crew
-        self._traffic = crew.traffic
+        self._record = crew.slots[slot]
         self._sent_arenas = {arena.id for arena in memory.worker_arenas(slot)}
         self._sent_groups: set[GroupId] = set()
         self._sent_jobs: set[JobId] = set()
+        self._sent_objects: set[int] = set()
         self._forget_jobs: list[int] = []
+        self._drop_objects: list[int] = []
 
     def put_initializer(self, payload: Payload) -> None:
         """Tell it what to run before its first task."""
@@ -62,7 +64,7 @@ class Orders:
             kind, body = Kind.PLAIN_TASKS, wire.pack_plain_tasks(plain)
         else:
             kind, body = Kind.TASKS, self._pack_tasks(tasks, fds)
-        self._traffic.piped_nbytes += len(body)
+        self._record.piped_nbytes += len(body)
         # Before the tasks: a worker that finds no claim believes that its tasks were taken back.
         os.eventfd_write(self.claims_fd, len(tasks))
         self.held += len(tasks)
@@ -115,10 +117,21 @@ class Orders:
         if payload.groups:
             for group, definition in self._memory.definitions.missing(payload.groups, self._sent_groups):
                 self._sent_groups.add(group)
+                self._put_objects(definition.held)
                 self._lend(definition)
                 body = wire.pack_id(group) + wire.pack_payload(definition)
                 self.channel.put(Kind.GROUP, body, tuple(definition.fds))
+        if payload.held:
+            self._put_objects(payload.held)
         self._lend(payload)
+
+    def _put_objects(self, objects: list[HeldObject]) -> None:
+        for held in objects:
+            if held.id not in self._sent_objects:
+                self._sent_objects.add(held.id)
+                payload = held.payload
+                self._put_prerequisites(payload)
+                self.channel.put(Kind.OBJECT, wire.pack_id(held.id) + wire.pack_payload(payload), tuple(payload.fds))
 
     def _lend(self, payload: Payload) -> None:
         blocks = wire.all_blocks(payload)
@@ -130,7 +143,7 @@ class Orders:
                 self._sent_arenas.add(arena.id)
                 self.channel.put(Kind.ARENA, wire.pack_id(arena.id), (arena.fd,))
         self._memory.table.lend(blocks, self._peer)
-        self._traffic.moved_nbytes += sum([block.nbytes for block in blocks])
+        self._record.moved_nbytes += sum([block.nbytes for block in blocks])
 
     def forget_job(self, job: JobId) -> None:
         """It need not keep this job's function."""
@@ -139,17 +152,29 @@ class Orders:
             self._forget_jobs.append(job)
             self._crew.forgetful[self] = None
 
+    def drop_objects(self, objects: list[int]) -> None:
+        """It need not keep these objects."""
+        dropped = self._sent_objects.intersection(objects)
+        if dropped:
+            self._sent_objects -= dropped
+            self._drop_objects += dropped
+            self._crew.forgetful[self] = None
+
     def put_news(self) -> bool:
         """What travels with the next message or before we block; returns whether there was any."""
         give_backs = self._memory.table.take_give_backs(self._peer)
         if give_backs:
             self.channel.put(Kind.GIVE_BACKS, wire.pack_give_backs(give_backs))
+        if self not in self._crew.forgetful:
+            return bool(give_backs)
+        del self._crew.forgetful[self]
         if self._forget_jobs:
             self.channel.put(Kind.FORGET, wire.pack_ids(self._forget_jobs))
             self._forget_jobs = []
-            self._crew.forgetful.pop(self, None)
-            return True
-        return bool(give_backs)
+        if self._drop_objects:
+            self.channel.put(Kind.DROP_OBJECTS, wire.pack_ids(self._drop_objects))
+            self._drop_objects = []
+        return True
 
     def put_hopeless(self) -> None:
         """Tell it that the memory it waits for will not come."""

@@ -21,12 +21,14 @@ from typing import Any
 import torch
 
 from tpool.errors import PlatformError, ProtocolError
-from tpool.local.cpus import available_cpus
 from tpool.local.identity import Hello, WorkerInfo
 from tpool.local.launch import ForkLauncher, Launcher, SpawnLauncher, ZygoteLauncher
 from tpool.local.lifetime import Lifetime
+from tpool.local.logs import LogReceiver
 from tpool.local.outbox import Outbox, Outboxes
 from tpool.local.process import Inheritance
+from tpool.local.seat import Steering
+from tpool.local.stacks import Stacks
 from tpool.tensors import leases, torch_private
 from tpool.tensors.arena import Allocator, Arena, Ledger
 from tpool.tensors.definitions import Definitions
@@ -48,6 +50,8 @@ class Settings:
         preload: modules that the zygote imports.
         memory_nbytes: the pool's budget of shared memory.
         sharing: ``share`` or ``copy``.
+        steering: what each worker is given.
+        log_level: of the least log records that workers send; None to send none.
         can_swap: see ``Codec``.
         environment, directory, path, argv: of the moment the pool is made.
     """
@@ -59,6 +63,8 @@ class Settings:
     preload: tuple[str, ...]
     memory_nbytes: int
     sharing: Sharing
+    steering: Steering = field(default_factory=Steering)
+    log_level: int | None = None
     can_swap: bool = torch_private.CAN_SWAP
     environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
     directory: str | None = field(default_factory=lambda: _working_directory())
@@ -112,6 +118,11 @@ class PoolMemory:
             undo.callback(self._ledger.close)
             self._outboxes = Outboxes.create(count)
             undo.callback(self._outboxes.close)
+            self.stacks = Stacks()
+            undo.callback(self.stacks.close)
+            self.logs = None if settings.log_level is None else LogReceiver(settings.log_level)
+            if self.logs is not None:
+                undo.callback(self.logs.close)
             self._caller = Arena.create(settings.memory_nbytes)
             undo.callback(self.table.remove, self._caller)
             self.table.add(self._caller, Allocator(self._caller, self._ledger, 0))
@@ -146,10 +157,11 @@ class PoolMemory:
         tracker_fd = None if inherited else _tracker_fd()
         current = multiprocessing.process.current_process()
         arena = self._slots[slot]
+        seat = settings.steering.seat(slot, settings.processes, settings.method)
         hello = Hello(
             method=settings.method,
             number=number,
-            info=WorkerInfo(slot, settings.processes, (settings.seed + slot) % 2**63),
+            info=WorkerInfo(slot, settings.processes, (settings.seed + slot) % 2**63, seat.device),
             parent_pid=os.getpid(),
             parent_name=current.name,
             authkey=bytes(current.authkey),
@@ -158,17 +170,24 @@ class PoolMemory:
             path=None if inherited else settings.path,
             argv=None if inherited else settings.argv,
             main_attributes=None if inherited else _main_attributes(),
-            threads=_threads(settings),
+            seat=seat,
             slot_arena=arena.id,
             caller_arena=self._caller.id,
             ledger_index=slot + 1,
             live_blocks=self.table.live_blocks(self.peers[slot], arena),
             has_tracker=tracker_fd is not None,
+            log_level=settings.log_level,
             sharing=settings.sharing,
             can_swap=settings.can_swap,
         )
-        fds = (arena.fd, self._caller.fd, self._ledger.fd, self._outboxes.fd)
-        return pickle.dumps(hello), fds if tracker_fd is None else (*fds, tracker_fd)
+        optional = [fd for fd in (tracker_fd, None if self.logs is None else self.logs.fd) if fd is not None]
+        fds = (arena.fd, self._caller.fd, self._ledger.fd, self._outboxes.fd, self.stacks.fd, *optional)
+        return pickle.dumps(hello), fds
+
+    def committed_nbytes(self, slot: int | None) -> tuple[int, int]:
+        """Shared memory that the slot has, and the most it ever had; of the caller for None."""
+        index = 0 if slot is None else slot + 1
+        return self._ledger.committed_nbytes(index), self._ledger.peak_nbytes(index)
 
     def attach(self, arena_id: int, fds: list[int]) -> None:
         """Map an arena that a worker made, its nested pool's; a block of it comes with the worker's next result.
@@ -202,13 +221,11 @@ class PoolMemory:
             self.table.remove(arena)
         self._ledger.close()
         self._outboxes.close()
+        self.stacks.close()
+        if self.logs is not None:
+            self.logs.close()
         self.baseline = None
         self.table.collect()  # our forked workers are gone, and with them what they held
-
-
-def _threads(settings: Settings) -> int:
-    # After an OpenMP region in the parent, a forked child that starts a second thread hangs.
-    return 1 if settings.method == "fork" else max(1, available_cpus() // settings.processes)
 
 
 def _tracker_fd() -> int | None:

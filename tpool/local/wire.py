@@ -42,6 +42,8 @@ class Kind(IntEnum):
     TRIM = 18
     PLAIN_TASKS = 19
     GRANT = 26
+    OBJECT = 30
+    DROP_OBJECTS = 31
 
     READY = 20
     INITIALIZER_FAILED = 21
@@ -52,6 +54,7 @@ class Kind(IntEnum):
     FALTERED = 27
     LINGERING = 28
     EXIT_FAILED = 29
+    OVERWEIGHT = 32
 
 
 class Mode(IntEnum):

@@ -17,8 +17,6 @@ process blocks.
 from __future__ import annotations
 
 import contextlib
-import gc
-import multiprocessing.util
 import os
 import pickle
 import select
@@ -36,7 +34,10 @@ from tpool.local.channel import Channel, Frame
 from tpool.local.faltering import Faltered
 from tpool.local.lifetime import Lifetime
 from tpool.local.outbox import Outboxes
+from tpool.local.retirement import end_program
+from tpool.local.stacks import tell_on_signal
 from tpool.local.story import format_remote, safe_repr
+from tpool.local.weight import Weight
 from tpool.local.wire import Kind, Mode, Status
 from tpool.tensors import leases
 from tpool.tensors.arena import Allocator, Arena, Ledger
@@ -44,11 +45,6 @@ from tpool.tensors.leases import Memory, Peer
 from tpool.tensors.payload import GroupId, Payload, Received
 from tpool.tensors.pickler import Codec
 from tpool.tensors.plain import dumps_plain
-
-# Non-daemonic threads that a task left behind get this long to end at retirement. Longer would let one task hang the
-# pool's end; shorter would cut off a thread that is about to flush a file.
-LINGERING_THREADS_SECONDS = 4.0
-
 
 # Plain numbers: an enum's attribute costs more than the comparison, and these are looked at for each task.
 _PLAIN_TASKS = int(Kind.PLAIN_TASKS)
@@ -118,9 +114,12 @@ class Worker:
         if frame.kind != Kind.HELLO:
             raise ProtocolError(f"the first frame is of kind {frame.kind}, not HELLO")
         hello: identity.Hello = pickle.loads(frame.body)
-        slot_fd, caller_fd, ledger_fd, outboxes_fd, *tracker = frame.fds
-        identity.assume(hello, tracker[0] if tracker else None)
+        slot_fd, caller_fd, ledger_fd, outboxes_fd, stacks_fd, *others = frame.fds
+        tell_on_signal(stacks_fd)
+        identity.assume(hello, others)
         identity.set_worker_info(hello.info)
+        limit = hello.seat.max_memory_nbytes
+        self._weight = None if limit is None else Weight(limit)
         arena = self._attach(hello.slot_arena, slot_fd)
         allocator = Allocator(arena, Ledger.attach(ledger_fd), hello.ledger_index)
         self._table.add(arena, allocator)
@@ -167,6 +166,9 @@ class Worker:
         while True:
             if self._tasks:
                 self._next_task()
+                if self._weight is not None and (excess := self._weight.excess()) is not None:
+                    self._send(Kind.OVERWEIGHT, wire.pack_id(excess))
+                    return  # what it has not started goes to others
             elif self._retiring:
                 return
             else:
@@ -182,11 +184,7 @@ class Worker:
         self._jobs.clear()
         token = self._codec.token.block
         del self._codec
-        gc.collect()
-        multiprocessing.util._exit_function()  # type: ignore[attr-defined]
-        for thread in threading.enumerate():
-            if thread is not threading.current_thread() and not thread.daemon:
-                thread.join(LINGERING_THREADS_SECONDS)
+        end_program()
         if token is not None:
             with contextlib.suppress(EOFError, OSError):  # the pool has ended
                 self._send(Kind.LINGERING, wire.pack_place(token.arena.id, token.offset))
@@ -236,6 +234,11 @@ class Worker:
             self._known_arenas.add(arena_id)
             arena = self._attach(arena_id, frame.fds.pop())
             self._table.add(arena)
+        elif kind == Kind.OBJECT:
+            self._codec.keeper.add(wire.unpack_id(frame.body), self._unpack(frame, wire.ID_NBYTES))
+        elif kind == Kind.DROP_OBJECTS:
+            for id in wire.unpack_ids(frame.body):
+                self._codec.keeper.drop(id)
         elif kind == Kind.INITIALIZER:
             self._initializer = self._unpack(frame, 0)
         elif kind == Kind.TRIM:

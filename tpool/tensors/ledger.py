@@ -3,10 +3,10 @@
 A memfd has no limit but the out-of-memory killer, so the processes of a pool keep to a budget by themselves. They
 share a small memfd of 64-bit words::
 
-    word 0         1               2               3 + 2 i                        4 + 2 i
-    magic number   counters (n)    budget, bytes   committed by the owner of i    1 while that owner waits for memory
+    word 0        1             2              3 + 3 i                  4 + 3 i             5 + 3 i
+    magic number  counters (n)  budget, bytes  committed by owner of i  1 while that waits  the most it ever committed
 
-Each pair of counters has ONE writer, the owner of that arena (one process at a time; under its lock). An aligned
+Each three counters have ONE writer, the owner of that arena (one process at a time; under its lock). An aligned
 64-bit store is atomic, so no lock is shared between processes and one killed at any instruction blocks nobody.
 """
 
@@ -21,6 +21,7 @@ __all__ = ["Ledger"]
 
 _MAGIC = 0x7470_6F6F_6C00_0001
 _HEADER_WORDS = 3
+_WORDS_EACH = 3
 _WORD_NBYTES = 8
 
 
@@ -37,21 +38,22 @@ class Ledger:
         budget_nbytes: how many bytes all arenas together may commit.
     """
 
-    __slots__ = ("_committed", "_waiting", "_words", "budget_nbytes", "counters", "fd")
+    __slots__ = ("_committed", "_peaks", "_waiting", "_words", "budget_nbytes", "counters", "fd")
 
     def __init__(self, fd: int, words: memoryview) -> None:
         self.fd = fd
         self.counters: int = words[1]
         self.budget_nbytes: int = words[2]
-        end = _HEADER_WORDS + 2 * self.counters
+        end = _HEADER_WORDS + _WORDS_EACH * self.counters
         self._words = words
-        self._committed = words[_HEADER_WORDS:end:2]
-        self._waiting = words[_HEADER_WORDS + 1 : end : 2]
+        self._committed = words[_HEADER_WORDS:end:_WORDS_EACH]
+        self._waiting = words[_HEADER_WORDS + 1 : end : _WORDS_EACH]
+        self._peaks = words[_HEADER_WORDS + 2 : end : _WORDS_EACH]
 
     @classmethod
     def create(cls, counters: int, budget_nbytes: int) -> Ledger:
         """A ledger for ``counters`` arenas, all of whose words are zero."""
-        used = (_HEADER_WORDS + 2 * counters) * _WORD_NBYTES
+        used = (_HEADER_WORDS + _WORDS_EACH * counters) * _WORD_NBYTES
         fd = create_memfd("tpool-ledger", -(-used // PAGE_NBYTES) * PAGE_NBYTES)
         words = _map_words(fd)
         words[1], words[2] = counters, budget_nbytes
@@ -67,7 +69,7 @@ class Ledger:
         """
         try:
             words = _map_words(fd)
-            if words[0] != _MAGIC or not 0 <= words[1] <= (len(words) - _HEADER_WORDS) // 2:
+            if words[0] != _MAGIC or not 0 <= words[1] <= (len(words) - _HEADER_WORDS) // _WORDS_EACH:
                 raise ProtocolError(f"descriptor {fd} is no ledger of a pool")
         except BaseException:
             os.close(fd)
@@ -81,6 +83,12 @@ class Ledger:
     def set_committed(self, index: int, nbytes: int) -> None:
         """Write the counter of arena ``index``; by its owner alone."""
         self._committed[index] = nbytes
+        if nbytes > self._peaks[index]:
+            self._peaks[index] = nbytes
+
+    def peak_nbytes(self, index: int) -> int:
+        """The most that the owners of arena ``index`` have ever committed, or tried to."""
+        return self._peaks[index]
 
     def set_waiting(self, index: int, waiting: bool) -> None:
         """Say that the owner of arena ``index`` waits for memory, or no longer does; by that owner alone."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import NewType
 
 from tpool.tensors.leases import Block
 
-__all__ = ["STOP", "TRAILER", "DefinitionId", "GroupId", "Payload", "Received"]
+__all__ = ["STOP", "TRAILER", "DefinitionId", "GroupId", "HeldObject", "Payload", "Received"]
 
 STOP = b"."[0]
 """The last byte of a plain stream: one that needs nothing but pickle."""
@@ -38,6 +39,7 @@ class Payload:
         groups: groups of definitions that the receiver must have loaded before, in this order; see
             ``Definitions.missing``. Empty from worker to parent.
         keep: what must live until the payload is dropped.
+        held: objects that the receiver must have been sent before; see ``held.py``.
     """
 
     data: bytes | Block
@@ -45,6 +47,32 @@ class Payload:
     fds: list[int] = field(default_factory=list)
     groups: tuple[GroupId, ...] = ()
     keep: list[object] = field(default_factory=list)
+    held: list[HeldObject] = field(default_factory=list)
+
+    @property
+    def goes_alone(self) -> bool:
+        """Whether it is all in its stream, but for definitions."""
+        return not (self.blocks or self.fds or self.held) and isinstance(self.data, bytes)
+
+
+_held_numbers = itertools.count(1)
+
+
+class HeldObject:
+    """An object that each worker of a pool is sent once; see ``held.py``.
+
+    Attributes:
+        id: its number, of this process.
+        payload: the object.
+        memory: of the pool that it was put into.
+    """
+
+    __slots__ = ("__weakref__", "id", "memory", "payload")
+
+    def __init__(self, payload: Payload, memory: object) -> None:
+        self.id = next(_held_numbers)
+        self.payload = payload
+        self.memory = memory
 
 
 @dataclass(slots=True, eq=False)

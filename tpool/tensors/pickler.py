@@ -19,6 +19,7 @@ import copyreg
 import pickle
 import sys
 import types
+from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, cast
 
@@ -28,9 +29,10 @@ from tpool.tensors import descriptors, reducers, torch_private, unpickler
 from tpool.tensors.byvalue import DISPATCH, NAMED_TYPES
 from tpool.tensors.definitions import Definitions
 from tpool.tensors.descriptors import carrying
+from tpool.tensors.held import Reference, reduce_reference
 from tpool.tensors.leases import Block, Memory
 from tpool.tensors.names import MAIN
-from tpool.tensors.payload import TRAILER, GroupId, Payload, Received
+from tpool.tensors.payload import TRAILER, GroupId, HeldObject, Payload, Received
 from tpool.tensors.plain import INLINE_NBYTES, dumps_plain, opcodes
 from tpool.tensors.registry import Registry, definition, inherited
 from tpool.tensors.storages import Outgoing, Overlap, Sharing
@@ -40,6 +42,9 @@ __all__ = ["INLINE_NBYTES", "OUT_OF_BAND_NBYTES", "Codec", "Payload", "Received"
 
 OUT_OF_BAND_NBYTES = 4096
 """A shorter buffer (of a numpy array, say) stays in the stream: a block costs as much as copying this much twice."""
+
+# Reducers by exact type that take the payload in the making.
+_DISPATCH: dict[type, Callable[[Any, Any], Any]] = {**descriptors.DISPATCH, Reference: reduce_reference}
 
 # What these define is not defined again while the program runs: that it can be imported is found out once.
 _STABLE_PACKAGES = sys.stdlib_module_names | {"numpy", "torch", "tpool"}
@@ -55,6 +60,9 @@ class Codec:
         baseline: in a worker forked from the caller: the ``baseline`` of the caller's Definitions, inherited.
         sharing: ``"share"``: a sent storage is moved into shared memory and both sides see it. ``"copy"``: it stays.
         can_swap: whether torch can move a storage in place; False forces what older torch needs.
+
+    Attributes:
+        keeper: in a worker: the objects that were put into the pool.
     """
 
     def __init__(
@@ -72,18 +80,20 @@ class Codec:
         self.token = Token(memory)
         self._definitions = definitions
         self._registry = Registry(baseline)
+        self.keeper = self._registry.keeper
         self._rules = definitions or self._registry
         # By id(): functions and classes of modules that nobody loads twice, found to be importable.
         self._by_name: dict[int, object] = {}
         self._dispatch: dict[type, Any] = {}
         self._dispatch_sizes = (-1, -1)
 
-    def dumps(self, obj: object, *, spawning: bool = False) -> Payload:
+    def dumps(self, obj: object, *, spawning: bool = False, sharing: Sharing | None = None) -> Payload:
         """Pickle an object.
 
         Args:
             obj: which.
             spawning: whether it may hold what travels only "through inheritance": locks, queues, events.
+            sharing: if not that of the pool.
 
         Raises:
             Exception: as the standard library's pickle would, with a note of the type that failed.
@@ -93,7 +103,7 @@ class Codec:
         data = dumps_plain(obj)
         if data is not None:
             return Payload(data)
-        outgoing = Outgoing(self.memory, self.sharing, can_swap=self.can_swap, token=self.token)
+        outgoing = Outgoing(self.memory, sharing or self.sharing, can_swap=self.can_swap, token=self.token)
         while True:
             try:
                 return self._dump(obj, _Message(self, outgoing, self._rules, self._by_name), spawning)
@@ -198,10 +208,22 @@ class _Message:
         buffers: blocks of out-of-band buffers, in order.
         copies: see ``byvalue.reduce_here``.
         needed: groups that definitions in this payload come from.
+        held: objects that were put into the pool, and are named in this payload.
         marked: whether the stream names something that only its receiver can resolve.
     """
 
-    __slots__ = ("buffers", "by_name", "chunks", "copies", "marked", "needed", "open_group", "outgoing", "rules")
+    __slots__ = (
+        "buffers",
+        "by_name",
+        "chunks",
+        "copies",
+        "held",
+        "marked",
+        "needed",
+        "open_group",
+        "outgoing",
+        "rules",
+    )
 
     def __init__(self, codec: Codec, outgoing: Outgoing, rules: Any, by_name: dict[int, object]) -> None:
         self.open_group = codec.open_group
@@ -212,6 +234,7 @@ class _Message:
         self.buffers: list[Block] = []
         self.copies: dict[int, dict[str, Any]] = {}
         self.needed: set[GroupId] = set()
+        self.held: list[HeldObject] = []
         self.marked = False
 
     def add_fd(self, fd: int, keep: object) -> int:
@@ -234,7 +257,7 @@ class _Message:
         blocks = outgoing.blocks + self.buffers
         if blocks or outgoing.fds or self.marked:
             self.chunks.append(TRAILER.pack(len(outgoing.blocks), 0))
-        return Payload(self._stream(), blocks, outgoing.fds, groups, outgoing.keep)
+        return Payload(self._stream(), blocks, outgoing.fds, groups, outgoing.keep, self.held)
 
     def _stream(self) -> bytes | Block:
         chunks = self.chunks
@@ -275,8 +298,8 @@ class _Pickler(pickle.Pickler):
         self.last = obj
         if cls in NAMED_TYPES:
             return self._refer(obj, None)
-        if cls in descriptors.DISPATCH:
-            return descriptors.DISPATCH[cls](obj, self.message)
+        if cls in _DISPATCH:
+            return _DISPATCH[cls](obj, self.message)
         if cls.__module__ in MAIN and cls not in self.dispatch_table and _reduces_itself(cls):
             reduced = obj.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
             return self._refer(obj, reduced) if isinstance(reduced, str) else reduced

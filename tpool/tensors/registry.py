@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from tpool.errors import TransportError
 from tpool.tensors.byvalue import fill_class, reduce_class, reduce_here
+from tpool.tensors.held import Keeper
 from tpool.tensors.names import CodeNames, importable, is_python_class, lookup, main_namespace, reachable
 from tpool.tensors.payload import DefinitionId
 
@@ -71,11 +72,15 @@ class Registry:
 
     Args:
         baseline: in a forked worker: the ``baseline`` of the caller's Definitions.
+
+    Attributes:
+        keeper: the objects that were put into the pool.
     """
 
     def __init__(self, baseline: dict[str, object] | None = None) -> None:
         self.baseline: dict[str, object] = {} if baseline is None else baseline
         self.names = CodeNames()
+        self.keeper = Keeper()
         self._objects: dict[DefinitionId, object] = {}
         self._ids: dict[int, DefinitionId] = {}  # by id() of the object, which is kept alive
 

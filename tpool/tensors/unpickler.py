@@ -15,6 +15,7 @@ from tpool.errors import DecodeError
 from tpool.tensors import arrivals
 from tpool.tensors.definitions import Definitions
 from tpool.tensors.descriptors import Descriptor, received_descriptor
+from tpool.tensors.held import held_object
 from tpool.tensors.leases import Block
 from tpool.tensors.payload import STOP, TRAILER, GroupId, Received
 from tpool.tensors.registry import Registry, definition, inherited
@@ -164,6 +165,12 @@ class _Context(arrivals.Incoming):
             return self._rules.resolve
         return self._rules.inherited if name == "inherited" else getattr(self, name)
 
+    def held_object(self, id: int) -> object:
+        """An object that was put into the pool."""
+        rules = self._rules
+        assert isinstance(rules, Registry), "only a worker is sent such"
+        return rules.keeper.get(id, lambda received: loads(received, rules))
+
     def received_descriptor(self, index: int) -> Descriptor:
         """A descriptor of this message, for whoever rebuilds an object on it."""
         return Descriptor(os.dup(self._fds[index]))
@@ -171,5 +178,5 @@ class _Context(arrivals.Incoming):
 
 _MARKERS: dict[str, str] = {
     marker.__name__: marker.__module__
-    for marker in (*arrivals.MARKERS.values(), definition, inherited, received_descriptor)
+    for marker in (*arrivals.MARKERS.values(), definition, inherited, held_object, received_descriptor)
 }

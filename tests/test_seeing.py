@@ -1,0 +1,155 @@
+"""What a pool tells of itself; with real processes, through the public API."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+
+import pool_tasks as tasks
+import pytest
+import torch
+from support import wait_until
+
+import tpool
+
+DEADLINE = 30
+
+
+@pytest.fixture
+def pool():
+    with tpool.Pool(2) as pool:
+        yield pool
+
+
+def hung_pid(path):
+    wait_until(lambda: path.exists() and path.read_text(), DEADLINE)
+    return int(path.read_text())
+
+
+# The report -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["forkserver", "fork", "spawn"])
+def test_a_hung_worker_tells_where(method, tmp_path):
+    with tpool.Pool(2, context=method) as pool:
+        pool.submit(tasks.tell_pid_and_hang, str(tmp_path / "pid"))
+        pid = hung_pid(tmp_path / "pid")
+        page = wait_until(lambda: "in tell_pid_and_hang" in (page := pool.report()) and page, DEADLINE)
+        assert re.search(rf"pid {pid}: runs task 0 of apply\(tell_pid_and_hang\), for \d+\.\d s", page)
+        page = wait_until(lambda: ": idle" in (page := pool.report()) and page, DEADLINE)
+        assert "in tell_pid_and_hang" in page
+        assert "local/worker.py" not in page
+        assert pool.apply(tasks.double, (2,)) == 4
+
+
+def test_a_worker_that_holds_the_interpreter_lock_in_c(pool, tmp_path):
+    result = pool.submit(tasks.tell_pid_and_spin_in_c, str(tmp_path / "pid"))
+    hung_pid(tmp_path / "pid")
+    wait_until(lambda: "in tell_pid_and_spin_in_c" in pool.report(), DEADLINE)
+    result.cancel(kill=True)
+
+
+def test_asking_disturbs_nothing(tmp_path):
+    with tpool.Pool(1) as pool:
+        gate = tmp_path / "gate"
+        result = pool.submit(tasks.wait_for_file, str(gate))
+        for _ in range(5):
+            wait_until(lambda: "in wait_for_file" in pool.report(), DEADLINE)
+        gate.touch()
+        result.result(DEADLINE)
+        assert pool.stats().restarts == 0
+
+
+def test_a_direct_call_is_seen(tmp_path):
+    with tpool.Pool(1) as pool:
+        wait_until(lambda: pool.apply(tasks.double, (1,)) and pool._engine._lending.calls, DEADLINE)
+        pages = []
+
+        def look():
+            hung_pid(tmp_path / "pid")
+            pages.append(wait_until(lambda: "in tell_pid_and_wait" in (page := pool.report()) and page, DEADLINE))
+            (tmp_path / "gate").touch()
+
+        thread = tasks.start_thread(look)
+        pool.apply(tasks.tell_pid_and_wait, (str(tmp_path / "pid"), str(tmp_path / "gate")))
+        thread.join()
+        assert "runs apply(tell_pid_and_wait), for" in pages[0] or "of apply(tell_pid_and_wait), for" in pages[0]
+
+
+def test_a_stopped_worker(pool, tmp_path):
+    result = pool.submit(tasks.tell_pid_and_hang, str(tmp_path / "pid"))
+    pid = hung_pid(tmp_path / "pid")
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: "its process is stopped (SIGSTOP)" in pool.report(), DEADLINE)
+    os.kill(pid, signal.SIGCONT)
+    wait_until(lambda: "in tell_pid_and_hang" in pool.report(), DEADLINE)
+    result.cancel(kill=True)
+
+
+def test_an_initializer_that_hangs(tmp_path):
+    with tpool.Pool(1, tasks.tell_pid_and_hang, (str(tmp_path / "pid"),)) as pool:
+        hung_pid(tmp_path / "pid")
+        page = wait_until(lambda: "in tell_pid_and_hang" in (page := pool.report()) and page, DEADLINE)
+        assert ": starting" in page
+
+
+def test_a_report_without_stacks_and_after_the_end(pool, tmp_path):
+    pool.submit(tasks.tell_pid_and_hang, str(tmp_path / "pid"))
+    hung_pid(tmp_path / "pid")
+    page = pool.report(stacks=False)
+    assert "runs task 0" in page
+    assert "File" not in page
+    pool.terminate()
+    assert pool.report().count("there is no worker") == 2
+
+
+def test_in_a_line_and_as_a_table(pool, tmp_path):
+    assert repr(pool) == "<tpool.Pool state=RUN pool_size=2 busy=0 done=0>"
+    pool.submit(tasks.tell_pid_and_hang, str(tmp_path / "pid"))
+    hung_pid(tmp_path / "pid")
+    assert repr(pool) == "<tpool.Pool state=RUN pool_size=2 busy=1 done=0>"
+    table = pool._repr_html_()
+    assert table.count("<tr>") == 3
+    assert "<caption>&lt;tpool.Pool state=RUN" in table
+    assert "runs task 0 of apply(tell_pid_and_hang)" in table
+
+
+# The numbers ------------------------------------------------------------------------------------------------------
+
+
+def test_numbers_by_worker(pool):
+    pool.map(tasks.sleep, [0.01] * 20, chunksize=1)
+    pool.map(tasks.double, range(1000), chunksize=1)
+    now = pool.stats()
+    assert [worker.id for worker in now.workers] == [0, 1]
+    assert now.tasks_done == sum(worker.tasks_done for worker in now.workers) == 1020
+    assert 0.2 <= now.busy_seconds == sum(worker.busy_seconds for worker in now.workers)
+    assert all(worker.idle_seconds > 0 for worker in now.workers)
+    assert now.piped_nbytes == sum(worker.piped_nbytes for worker in now.workers) > 0
+    assert {worker.pid for worker in now.workers} == set(pool.map(tasks.get_pid, range(40), chunksize=1))
+
+
+def test_numbers_of_memory(pool):
+    tensor = torch.zeros(1 << 20)
+    results = pool.map(tasks.double, [tensor] * 2, chunksize=1)
+    now = pool.stats()
+    assert now.memory_nbytes >= tensor.nbytes
+    assert sum(worker.memory_nbytes for worker in now.workers) >= 2 * tensor.nbytes
+    assert now.moved_nbytes >= 4 * tensor.nbytes
+    assert now.memory_peak_nbytes >= now.memory_nbytes
+    assert all(worker.memory_peak_nbytes >= worker.memory_nbytes for worker in now.workers)
+    assert results[0].sum() == 0
+
+
+def test_restarts_and_why(tmp_path):
+    with tpool.Pool(1, maxtasksperchild=1) as pool:
+        pool.map(tasks.double, range(3), chunksize=1)
+        with pytest.raises(tpool.WorkerLostError):
+            pool.submit(tasks.kill_self).result(DEADLINE)
+        wait_until(lambda: pool.stats().restarts == 4, DEADLINE)
+        (worker,) = pool.stats().workers
+        assert [loss.partition("pid ")[2].partition(", ")[2] for loss in worker.losses] == [
+            "exited with code 0", "exited with code 0", "exited with code 0", "was killed by SIGKILL"
+        ]  # fmt: skip
+        assert "before it: worker 3 (slot 0)" in pool.report(stacks=False)

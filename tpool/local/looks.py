@@ -1,0 +1,43 @@
+"""What an engine of local workers tells of them, for people; from any thread, as it is at the moment."""
+
+from __future__ import annotations
+
+from tpool.local.crew import Crew, SlotRecord
+from tpool.local.lending import Lending
+from tpool.local.setup import PoolMemory
+from tpool.local.stacks import shorten
+from tpool.messages import JobId, WorkerId
+
+__all__ = ["Look"]
+
+
+class Look:
+    """A look at the workers of one pool.
+
+    Args:
+        crew: what they have done.
+        memory: the pool's.
+        lending: who is lent.
+
+    Attributes:
+        slots: what each slot has done.
+    """
+
+    def __init__(self, crew: Crew, memory: PoolMemory, lending: Lending) -> None:
+        self.slots: list[SlotRecord] = crew.slots
+        self._memory = memory
+        self._lending = lending
+
+    def memory_nbytes(self, slot: int | None) -> tuple[int, int]:
+        """Shared memory that a slot has (the caller for None), and the most that it ever had."""
+        return self._memory.committed_nbytes(slot)
+
+    def direct_job(self, worker: WorkerId) -> JobId | None:
+        """The call that a caller makes in this worker directly."""
+        return self._lending.job_of(worker)
+
+    def stack(self, slot: int) -> str | None:
+        """Where the slot's worker is; None if it does not say."""
+        pid = self.slots[slot].pid
+        stack = None if pid is None else self._memory.stacks.ask(pid)
+        return None if stack is None else shorten(stack)

@@ -1,0 +1,54 @@
+"""How much memory a worker keeps for itself: whether it is time for a fresh one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+__all__ = ["Weight", "private_nbytes"]
+
+_PAGE_NBYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+class Weight:
+    """Looks at this process's private memory after each task.
+
+    Private is anonymous memory; of pages that are still shared with the process that forked this one, its part.
+    Shared memory of the pool is none of it, whoever maps it. What is exact takes a millisecond per gigabyte, so a
+    bound that takes two microseconds is looked at first: anonymous memory, whoever shares it.
+
+    Args:
+        limit_nbytes: above this it is too much.
+    """
+
+    def __init__(self, limit_nbytes: int) -> None:
+        self._limit = limit_nbytes
+        self._harmless_nbytes = limit_nbytes  # so much anonymous memory at least there is when the limit is reached
+        self._statm_fd = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+
+    def excess(self) -> int | None:
+        """How much private memory there is, if that is above the limit."""
+        fields = os.pread(self._statm_fd, 128, 0).split()
+        anonymous = (int(fields[1]) - int(fields[2])) * _PAGE_NBYTES
+        if anonymous <= self._harmless_nbytes:
+            return None
+        private = private_nbytes()
+        if private is None:
+            private = anonymous
+        if private > self._limit:
+            return private
+        self._harmless_nbytes = anonymous + self._limit - private
+        return None
+
+    def close(self) -> None:
+        """Look no more."""
+        os.close(self._statm_fd)
+
+
+def private_nbytes() -> int | None:
+    """This process's private memory; None where the kernel does not tell (before Linux 5.4)."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        text = Path("/proc/self/smaps_rollup").read_text()
+        return int(text.partition("Pss_Anon:")[2].split()[0]) * 1024
+    return None

@@ -1,0 +1,57 @@
+"""The public calls that show what a pool does: a part of ``Pool``."""
+
+from __future__ import annotations
+
+from tpool import report
+from tpool.handler import Handler
+from tpool.local.engine import LocalEngine
+from tpool.maps import Calls
+from tpool.stats import PoolStats
+
+__all__ = ["Seen"]
+
+
+class Seen(Calls):
+    """``stats``, ``report``, and how a pool shows itself. Pools have these methods; nothing else does."""
+
+    _engine: LocalEngine
+    _handler: Handler
+
+    def stats(self) -> PoolStats:
+        """What the pool has done so far, in all and by worker; from any thread, also after its end.
+
+        >>> with tpool.Pool(2) as pool:
+        ...     values = pool.map(abs, range(10), chunksize=1)
+        ...     now = pool.stats()
+        >>> now.tasks_done, sum(worker.tasks_done for worker in now.workers), now.restarts
+        (10, 10, 0)
+        """
+        return report.collect_stats(self._handler, self._engine.look(), self._engine.calls)
+
+    def report(self, *, stacks: bool = True) -> str:
+        """Who runs what, since when, and where in its code: a page of text that tells why a pool hangs.
+
+        A worker tells its Python stack by ``faulthandler``, so also one that is stuck in C code; it goes on as if
+        nothing had been. One that is stopped, or not yet started, cannot answer: the page says so. What stands
+        there is true of the moment in which it was read. From any thread.
+
+        >>> with tpool.Pool(1) as pool:
+        ...     result = pool.submit(time.sleep, 60)
+        ...     while "runs" not in pool.report(stacks=False):
+        ...         pass
+        ...     print(pool.report(stacks=False).splitlines()[1].partition(": ")[2].partition(", for")[0])
+        runs task 0 of apply(sleep)
+
+        Args:
+            stacks: ask each worker that is not idle where it is; takes up to a second for each that does not answer.
+        """
+        handler, look = self._handler, self._engine.look()
+        return report.text_report(repr(self), handler, look, stacks=stacks)
+
+    def _repr_html_(self) -> str:
+        look = self._engine.look()
+        return report.html_table(repr(self), self._handler, look, self.stats())
+
+    def _busy(self) -> str:
+        busy = sum(doing.busy for doing in report.doings(self._handler, self._engine.look()))
+        return f"busy={busy} done={self._handler.tasks_done + self._engine.calls}"
