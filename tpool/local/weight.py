@@ -41,10 +41,6 @@ class Weight:
         self._harmless_nbytes = anonymous + self._limit - private
         return None
 
-    def close(self) -> None:
-        """Look no more."""
-        os.close(self._statm_fd)
-
 
 def private_nbytes() -> int | None:
     """This process's private memory; None where the kernel does not tell (before Linux 5.4)."""
