@@ -62,7 +62,8 @@ class Pool(StreamCalls, BatchCalls, Seen):
             torch), ``"fork"``, ``"spawn"``, or a context object of ``multiprocessing``.
         preload: names of modules that the default start method imports once, before it forks workers.
         memory: the most shared memory the pool may use at a time, in bytes or as text such as ``"2GB"``; None for
-            three quarters of what this machine or container has.
+            three quarters of what this machine or container has. An ordered stream may go beyond it by one result for
+            each worker, where later results hold the memory that the earlier one needs.
         sharing: ``"share"``: both sides see one memory, as in torch; ``"copy"``: each has its own. See ``KINDS.md``.
         timeout: how many seconds a task may run, the reading of its arguments included; None for any time. When it is
             over the worker is killed and replaced, and that task raises ``TaskTimeoutError``; no other is touched. A
