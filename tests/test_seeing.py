@@ -63,7 +63,7 @@ def test_asking_disturbs_nothing(tmp_path):
 
 def test_a_direct_call_is_seen(tmp_path):
     with tpool.Pool(1) as pool:
-        wait_until(lambda: pool.apply(tasks.double, (1,)) and pool._engine._lending.calls, DEADLINE)
+        wait_until(lambda: pool.apply(tasks.double, (1,)) and pool._engine._lending._lent, DEADLINE)
         pages = []
 
         def look():

@@ -26,11 +26,11 @@ def call_directly(engine: Engine, handler: Handler, payload: Encoded, story: str
         The result, or the failure in its place; None where the call must be submitted, as no worker could be had.
     """
     job = handler.new_job()
-    handler.direct[job] = (story, monotonic())
     try:
+        handler.direct[job] = (story, monotonic())
         answer = engine.call_now(job, payload)
     finally:
-        del handler.direct[job]
+        handler.direct.pop(job, None)
     if not isinstance(answer, WorkerLoss):
         return answer
     if handler.terminating:

@@ -116,7 +116,7 @@ class Feeder:
         if self._wide:
             handler.submit_soon(Task(self._job, index, payload))
         else:
-            handler.submit(Task(self._job, index, payload))
+            handler.post(Task(self._job, index, payload))
 
     def _limit(self) -> int:
         """How many items may be outstanding now."""

@@ -104,7 +104,6 @@ class Handler:
         self.terminating = False  # nobody should be told that a worker was lost
         self._last_words: Failure | SharedFailure | None = None  # what tasks without an outcome get, once known
         self.error: Failure | SharedFailure | None = None  # why the pool ended by itself
-        self.tasks_done = 0
         self.workers_lost = 0
         self.tasks_retried = 0
         self.tasks_timed_out = 0
@@ -152,20 +151,12 @@ class Handler:
         job = self.new_job()
         self.sinks[job] = sink
         self.engine.open_job(job, mode, None)
-        self._post(JobSubmitted(job, [Task(job, 0, payload)], rules=rules))
+        self.post(JobSubmitted(job, [Task(job, 0, payload)], rules=rules))
         return job
 
     def new_job(self) -> JobId:
         """A name for a job."""
         return JobId(next(self._job_ids))
-
-    def submit(self, task: Task) -> None:
-        """Add a task to the end of its job."""
-        self._inbox.append(task)
-        if self._asleep:
-            self.engine.wake()
-        if self._last_words is not None:
-            self._abandon_all()
 
     def submit_soon(self, task: Task) -> None:
         """Add a task of microseconds to the end of its job: many of them are taken up together, in ``NAP_SECONDS``."""
@@ -178,11 +169,8 @@ class Handler:
             self._abandon_all()
 
     def post(self, item: Event | Task) -> None:
-        """Tell the scheduler; takes no lock, so finalizers may call it."""
-        self._post(item)
-
-    def _post(self, *items: Event | Task) -> None:
-        self._inbox.extend(items)
+        """Tell the scheduler of an event, or add a task to the end of its job; takes no lock: finalizers call it."""
+        self._inbox.append(item)
         if self._asleep:
             self.engine.wake()
         if self._last_words is not None:
@@ -314,7 +302,6 @@ class Handler:
 
     def _resolve(self, action: ResolveTasks) -> None:
         sinks = self.sinks
-        self.tasks_done += len(action.outcomes)
         for task, result in action.outcomes:
             sinks[task.job].resolve(task.index, result)
 

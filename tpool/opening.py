@@ -135,7 +135,7 @@ class Opener:
             except Exception as error:  # this chunk's outcome; the others run
                 result.resolve(index, Failure(error))
                 continue
-            self._handler.submit(Task(job, index, payload, weight=len(chunk)))
+            self._handler.post(Task(job, index, payload, weight=len(chunk)))
         result.expect(count)
 
     def chunksize(self, count: int, chunksize: int | None) -> int:

@@ -73,18 +73,17 @@ def _doing(slot: int, worker: Worker | None, handler: Handler, look: Look) -> Do
     return Doing(slot, pid, what, monotonic() - worker.progress_at, True)
 
 
-def collect_stats(handler: Handler, look: Look, calls: int) -> PoolStats:
+def collect_stats(handler: Handler, look: Look) -> PoolStats:
     """All numbers of a pool.
 
     Args:
         handler: the pool's.
         look: at its workers.
-        calls: how many calls were made in workers directly.
     """
     slots = look.slots
     memory, peak = look.memory_nbytes(None)
     return PoolStats(
-        handler.tasks_done + calls,
+        look.tasks_done,
         handler.workers_lost,
         sum(slot.moved_nbytes for slot in slots),
         sum(slot.piped_nbytes for slot in slots),

@@ -26,7 +26,7 @@ class Seen(Calls):
         >>> now.tasks_done, sum(worker.tasks_done for worker in now.workers), now.restarts
         (10, 10, 0)
         """
-        return report.collect_stats(self._handler, self._engine.look(), self._engine.calls)
+        return report.collect_stats(self._handler, self._engine.look())
 
     def report(self, *, stacks: bool = True) -> str:
         """Who runs what, since when, and where in its code: a page of text that tells why a pool hangs.
@@ -53,5 +53,6 @@ class Seen(Calls):
         return report.html_table(repr(self), self._handler, look, self.stats())
 
     def _busy(self) -> str:
-        busy = sum(doing.busy for doing in report.doings(self._handler, self._engine.look()))
-        return f"busy={busy} done={self._handler.tasks_done + self._engine.calls}"
+        look = self._engine.look()
+        busy = sum(doing.busy for doing in report.doings(self._handler, look))
+        return f"busy={busy} done={look.tasks_done}"

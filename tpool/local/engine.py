@@ -114,11 +114,6 @@ class LocalEngine(Encoder):
         """What is known of the workers; from any thread."""
         return Look(self._crew, self._memory, self._lending)
 
-    @property
-    def calls(self) -> int:
-        """How many calls were answered by lent workers."""
-        return self._lending.calls
-
     # Actions --------------------------------------------------------------------------------------------------------
 
     def forget_job(self, job: JobId) -> None:

@@ -54,12 +54,6 @@ class Lending:
         self._lent: dict[WorkerId, Loan] = {}
         self._due: dict[WorkerId, Loan] = {}  # handed over; their answers are on the way
         self._pressed_at = 0.0
-        self._calls = 0  # answered to loans that have ended
-
-    @property
-    def calls(self) -> int:
-        """How many calls were answered."""
-        return self._calls + sum(loan.calls for loan in list(self._lent.values()))
 
     def job_of(self, worker: WorkerId) -> JobId | None:
         """The call that a borrower makes in this worker now. Any thread may ask; it may be over a moment later."""
@@ -104,7 +98,6 @@ class Lending:
         loan.ended = True
         loan.member.lent = False
         del self._lent[loan.member.id]
-        self._calls += loan.calls
 
     def take_handed_over(self, events: list[Event]) -> None:
         """Bring to an end what borrowers could not."""

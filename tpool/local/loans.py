@@ -58,7 +58,6 @@ class Loan:
         orphaned: the worker went while a caller held the loan, who must close the member.
         unused: it was handed over only because it is needed back.
         job: names the latest call.
-        calls: how many were answered.
         frames: read by the caller and handed over with the loan.
         answer: what the handler found to be the answer, once it has ``told``.
     """
@@ -70,7 +69,6 @@ class Loan:
         self.orphaned = False
         self.unused = False
         self.job = JobId(0)
-        self.calls = 0
         self.frames: list[Frame] = []
         self.answer: Answer = None
         self._told: threading.Event | None = None
@@ -105,7 +103,6 @@ class Loan:
             frames = []  # the worker is gone or on its way; the handler finds out how
         answer: Answer = member.plain_answer(frames) if frames else None
         if answer is not None:
-            self.calls += 1
             self._loans.give_back(borrowed)
             return answer
         self.frames = frames
@@ -142,10 +139,8 @@ class Loan:
 
     def settle(self, answer: Answer) -> None:
         """Tell the borrower the answer; the loan ends."""
-        if answer is not None and not isinstance(answer, WorkerLoss):
-            self.calls += 1
-            if self._abandoned:
-                answer.discard()
+        if self._abandoned and answer is not None and not isinstance(answer, WorkerLoss):
+            answer.discard()
         self.answer = None if self._abandoned else answer
         self.ended = True  # before looking: a borrower sets _told before it looks at this
         if self._told is not None:

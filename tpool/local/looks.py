@@ -28,6 +28,11 @@ class Look:
         self._memory = memory
         self._lending = lending
 
+    @property
+    def tasks_done(self) -> int:
+        """How many tasks were answered."""
+        return sum(slot.tasks_done for slot in self.slots)
+
     def memory_nbytes(self, slot: int | None) -> tuple[int, int]:
         """Shared memory that a slot has (the caller for None), and the most that it ever had."""
         return self._memory.committed_nbytes(slot)

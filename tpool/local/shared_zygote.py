@@ -29,6 +29,7 @@ class SharedZygote:
         self._lock = threading.Lock()
         self._control: Channel | None = None
         self.pid: int | None = None
+        atexit.register(self._close_at_exit, os.getpid())  # else the socket would be collected open, with a warning
 
     def connect(self) -> socket.socket:
         """A new connection to a living zygote."""
@@ -98,7 +99,6 @@ class SharedZygote:
             environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
             self.pid = spawn_interpreter("tpool.local.zygote", "zygote_main", code, theirs.fileno(), environment)
         self._control = Channel(ours)
-        atexit.register(self._close_at_exit, os.getpid())  # else it would be collected open, with a warning
         config = zygote.ZygoteConfig(list(sys.path), self._preload)
         self._control.put(1, pickle.dumps(config))
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # noticed by whoever connects

@@ -98,7 +98,6 @@ class Holder:
         self.dropped: list[int] = []
         self._memory = memory
         self._wake = wake
-        self._count = 0
 
     def hold(self, payload: Payload) -> HeldObject:
         """Take an object in."""
