@@ -52,6 +52,13 @@ def _zygote_traces() -> tuple[set[int], set[int]]:
     return traces() if traces is not None else (set(), set())
 
 
+def _collect_memory() -> None:
+    """Have the table of shared memory look around: it does so only when it is used, and holds a pipe for each fork."""
+    table = (_attribute("tpool.tensors.leases", "_process_table") or {}).get("table")
+    if table is not None:
+        table.collect()
+
+
 def _attribute(module: str, *names: str) -> Any:
     """Look into a module only if somebody has imported it; it cannot have started anything otherwise."""
     found: Any = sys.modules.get(module)
@@ -98,8 +105,13 @@ def find_leaks(before: Snapshot, deadline: float | None = None) -> list[str]:
         return []
     # What only a reference cycle keeps (a pytest.raises block makes one) belongs to nobody any more.
     gc.collect()
+
+    def nothing_left() -> bool:
+        _collect_memory()
+        return not _ours(before.leaks())
+
     try:
-        wait_until(lambda: not _ours(before.leaks()), DEADLINE_SECONDS if deadline is None else deadline)
+        wait_until(nothing_left, DEADLINE_SECONDS if deadline is None else deadline)
     except AssertionError:
         return _ours(before.leaks())
     return []
