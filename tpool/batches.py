@@ -21,7 +21,6 @@ import torch
 
 from tpool.limits import POOL, PoolDefault, RetryOn
 from tpool.local.batching import Batches, length_of, put_into
-from tpool.local.wire import Mode
 from tpool.maps import MapCall, MapCalls
 from tpool.memory import MemoryCalls
 from tpool.progress import Show
@@ -104,7 +103,7 @@ class BatchCalls(MemoryCalls, MapCalls):
             _check_out(out, length, dim)
         size = _check_batch_size(batch_size)
         spans = [(start, min(start + size, length)) for start in range(0, length, size)]
-        call = MapCall(Mode.MAP, "map_batches", func, limits, progress)
+        call = MapCall("map_batches", func, limits, progress)
         plan = _Plan(self._engine.put(data), dim, length, spans, call)
         if out is None:
             return self._run_into_new(plan)

@@ -10,7 +10,7 @@ from tpool import options
 from tpool.futures import Keeper
 from tpool.gate import Gate
 from tpool.limits import POOL, Limits, PoolDefault, RetryOn
-from tpool.local.wire import Mode
+from tpool.local.starring import Starred
 from tpool.map_result import MapResult
 from tpool.opening import Opener
 from tpool.progress import Meter, MeteredMap, Show, check_progress
@@ -29,7 +29,6 @@ class MapCall:
         carrier: what is sent in its place and calls it; None for the function itself.
     """
 
-    mode: Mode
     name: str
     func: Callable[..., Any]
     limits: Limits
@@ -102,7 +101,7 @@ class MapCalls(Calls):
             TaskTimeoutError: one of the chunks ran for too long.
         """
         limits = self._limits.override(timeout, retries, retry_on)
-        call = MapCall(Mode.MAP, "map", func, limits, progress)
+        call = MapCall("map", func, limits, progress)
         return self._wait_for_map(call, iterable, chunksize)
 
     def map_unordered(
@@ -123,7 +122,7 @@ class MapCalls(Calls):
         [1, 2, 3]
         """
         limits = self._limits.override(timeout, retries, retry_on)
-        call = MapCall(Mode.MAP, "map_unordered", func, limits, progress, ordered=False)
+        call = MapCall("map_unordered", func, limits, progress, ordered=False)
         return self._wait_for_map(call, iterable, chunksize)
 
     def map_async(
@@ -141,7 +140,7 @@ class MapCalls(Calls):
     ) -> MapResult[T]:
         """As ``map``, but returns as soon as the items are pickled; see ``apply_async`` for the callbacks."""
         limits = self._limits.override(timeout, retries, retry_on)
-        call = MapCall(Mode.MAP, "map", func, limits, progress)
+        call = MapCall("map", func, limits, progress)
         return self._map_async(call, iterable, chunksize, callback, error_callback)
 
     def starmap(
@@ -157,7 +156,7 @@ class MapCalls(Calls):
     ) -> list[T]:
         """As ``map``, with ``func(*item)``."""
         limits = self._limits.override(timeout, retries, retry_on)
-        call = MapCall(Mode.STARMAP, "starmap", func, limits, progress)
+        call = MapCall("starmap", func, limits, progress, carrier=Starred(func))
         return self._wait_for_map(call, iterable, chunksize)
 
     def starmap_async(
@@ -175,7 +174,7 @@ class MapCalls(Calls):
     ) -> MapResult[T]:
         """As ``map_async``, with ``func(*item)``."""
         limits = self._limits.override(timeout, retries, retry_on)
-        call = MapCall(Mode.STARMAP, "starmap", func, limits, progress)
+        call = MapCall("starmap", func, limits, progress, carrier=Starred(func))
         return self._map_async(call, iterable, chunksize, callback, error_callback)
 
     def _wait_for_map(self, call: MapCall, iterable: Iterable[Any], chunksize: int | None) -> list[T]:
@@ -213,5 +212,5 @@ class MapCalls(Calls):
             result = MapResult(*arguments, ordered=call.ordered)
         else:
             result = MeteredMap(meter, len(items), size, *arguments, ordered=call.ordered)
-        self._opener.open_map(result, call.mode, call.carrier or call.func, items, size, call.limits)
+        self._opener.open_map(result, call.carrier or call.func, items, size, call.limits)
         return result

@@ -20,7 +20,6 @@ from tpool.handler import Handler
 from tpool.limits import Limits
 from tpool.local.faltering import Faltering
 from tpool.local.seeding import SeededCall, SeededItems
-from tpool.local.starring import Starred
 from tpool.local.wire import Mode
 from tpool.map_result import MapResult
 from tpool.messages import JobCancelled, JobId, JobSealed, Task
@@ -100,7 +99,6 @@ class Opener:
     def open_map(
         self,
         result: MapResult[Any],
-        mode: Mode,
         func: Callable[..., Any],
         items: Sequence[Any],
         size: int,
@@ -108,8 +106,7 @@ class Opener:
     ) -> None:
         """Make a job of a map, ``size`` items to a task."""
         if self._seed is not None:
-            func = SeededItems(Starred(func) if mode is Mode.STARMAP else func, self._seed, next(self._call_numbers))
-            mode, items = Mode.MAP, list(enumerate(items))
+            func, items = SeededItems(func, self._seed, next(self._call_numbers)), list(enumerate(items))
         try:
             function = self._engine.encode(_guarded(func, limits))
         except Exception as error:
@@ -117,7 +114,7 @@ class Opener:
             result.expect(1)
             result.finish()
             return
-        result._job = job = self._open(result, mode, function, 1, limits)
+        result._job = job = self._open(result, Mode.MAP, function, 1, limits)
         try:
             self._submit_chunks(job, result, items, size)
         except BaseException:

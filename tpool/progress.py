@@ -116,7 +116,22 @@ class Meter:
                 self._closed.set()
 
 
-class MeteredMap(MapResult[T]):
+class _Metered:
+    """Mixed into a sink whose meter hears of its end."""
+
+    _meter: Meter
+
+    def finish(self) -> None:
+        """See Sink."""
+        self._meter.finish()
+
+    def abandon(self, failure: Failure | SharedFailure) -> None:
+        """See Sink."""
+        self._meter.finish()
+        super().abandon(failure)  # type: ignore[misc]  # the sink's
+
+
+class MeteredMap(_Metered, MapResult[T]):
     """A MapResult that is counted.
 
     Args:
@@ -136,21 +151,12 @@ class MeteredMap(MapResult[T]):
         self._meter.add(max(0, min(self._size, self._items - index * self._size)))
         super().resolve(index, result)
 
-    def finish(self) -> None:
-        """See Sink."""
-        self._meter.finish()
-
-    def abandon(self, failure: Failure | SharedFailure) -> None:
-        """See Sink."""
-        self._meter.finish()
-        super().abandon(failure)
-
     def wait_shown(self) -> None:
         """Wait until the last progress was shown; not for long."""
         self._meter.wait_shown()
 
 
-class MeteredStream(Stream):
+class MeteredStream(_Metered, Stream):
     """A Stream that is counted.
 
     Args:
@@ -165,15 +171,6 @@ class MeteredStream(Stream):
         """See Sink."""
         self._meter.add(1)
         super().resolve(index, result)
-
-    def finish(self) -> None:
-        """See Sink."""
-        self._meter.finish()
-
-    def abandon(self, failure: Failure | SharedFailure) -> None:
-        """See Sink."""
-        self._meter.finish()
-        super().abandon(failure)
 
 
 def check_progress(progress: bool | Show, story: str) -> Show | None:

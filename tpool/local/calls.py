@@ -47,7 +47,7 @@ class JobCalls:
         argument: Any = codec.loads(received)
         if self._mode == Mode.CALL:
             return function(argument)
-        return self._call_chunk(function, argument, self._mode == Mode.STARMAP)
+        return self._call_chunk(function, argument)
 
     def _decode(self, codec: Codec) -> None:
         received, self._payload = self._payload, None
@@ -58,7 +58,7 @@ class JobCalls:
             self._error = error
 
     @staticmethod
-    def _call_chunk(function: Any, chunk: list[Any], star: bool) -> list[Any]:
+    def _call_chunk(function: Any, chunk: list[Any]) -> list[Any]:
         """Every item runs, whatever the others do; the first error speaks for the chunk."""
         values: list[Any] = []
         first_error: BaseException | None = None
@@ -66,7 +66,7 @@ class JobCalls:
         while chunk:
             item = chunk.pop()  # each item's memory is free as soon as it was used
             try:
-                values.append(function(*item) if star else function(item))
+                values.append(function(item))
             except BaseException as error:
                 first_error = first_error or error
         if first_error is not None:

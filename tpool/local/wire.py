@@ -63,7 +63,6 @@ class Mode(IntEnum):
     APPLY = 0  # payload is ((args, kwds), function); the job has no payload of its own
     CALL = 1  # function(item)
     MAP = 2  # [function(item) for item in chunk]
-    STARMAP = 3  # [function(*item) for item in chunk]
 
 
 class Status(IntEnum):

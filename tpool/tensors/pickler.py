@@ -88,7 +88,7 @@ class Codec:
         self._dispatch_sizes = (-1, -1)
 
     def dumps(self, obj: object, *, spawning: bool = False, sharing: Sharing | None = None) -> Payload:
-        """Pickle an object.
+        """Pickle an object. For a plain one ``dumps_plain`` does the same faster, so it is worth a try before.
 
         Args:
             obj: which.
@@ -100,9 +100,6 @@ class Codec:
             TransportError: a tensor (or other object) that cannot travel.
             SharedMemoryExhausted: no memory for its bytes.
         """
-        data = dumps_plain(obj)
-        if data is not None:
-            return Payload(data)
         outgoing = Outgoing(self.memory, sharing or self.sharing, can_swap=self.can_swap, token=self.token)
         while True:
             try:
