@@ -100,7 +100,9 @@ def work(value, payload=None):
 def torment(env, stop, killed, seed):
     """SIGKILL, SIGSTOP with SIGCONT, and now and then the zygote: at moments that nobody chose."""
     generator = random.Random(seed)
-    while not stop.wait(generator.expovariate(8)):
+    # A spawned worker takes seconds to start: killed faster than they start, workers would run hardly any task.
+    rate = 0.5 if env.method == "spawn" else 8
+    while not stop.wait(generator.expovariate(rate)):
         pid = newest_worker()
         found = pid and procs.process(pid)
         if not found or found.state in "ZX":
