@@ -244,12 +244,16 @@ def _fresh(obj: Any, keep: list[Any]) -> Any:
     return torch.full((obj,), float(random.Random(obj).randrange(100)))
 
 
+def _fresh_many(obj: Any, keep: list[Any]) -> Any:
+    """So many small tensors of the child's own."""
+    return [torch.full((64,), float(number)) for number in range(obj)]
+
+
 def _stack(obj: Any, keep: list[Any]) -> Any:
     return torch.stack(obj)
 
 
 ACTS = {
-    name.removeprefix("_"): value
-    for name, value in list(globals().items())
-    if name in ("_echo", "_nothing", "_write", "_keep", "_kept", "_forget", "_count", "_fresh", "_stack")
+    act.__name__.removeprefix("_"): act
+    for act in (_echo, _nothing, _write, _keep, _kept, _forget, _count, _fresh, _fresh_many, _stack)
 }

@@ -26,6 +26,7 @@ ROWS = [
     ["tpool.tensors.lease_table"],
     ["tpool.tensors.leases"],
     ["tpool.tensors.descriptors", "tpool.tensors.payload", "tpool.tensors.torch_private"],
+    ["tpool.tensors.slabs"],
     ["tpool.tensors.arrivals", "tpool.tensors.moving", "tpool.tensors.token"],
     ["tpool.tensors.held", "tpool.tensors.storages"],
     ["tpool.tensors.reducers_layouts"],

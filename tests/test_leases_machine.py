@@ -47,6 +47,10 @@ class Process:
     def verify(self) -> None:
         for block, stamp in self.kept:
             assert bytes(block.view) == pattern(stamp, block.nbytes), f"{block} was changed under a live view"
+            start = block.nbytes // 2
+            located = self.table.locate(block.arena.address + block.offset + start, block.nbytes - start)
+            if located is not None:
+                assert (located[0].offset, located[1]) == (block.offset, start)
         for _, inherited in self.children:
             for view, stamp in inherited:
                 assert bytes(view) == pattern(stamp, view.nbytes), "memory was changed under a forked child"
@@ -116,6 +120,8 @@ class Pool(RuleBasedStateMachine):
             return False
         self.stamps += 1
         block.view[:] = pattern(self.stamps, nbytes)
+        if self.stamps % 2:
+            process.table.note_slab(block)
         process.kept.append((block, self.stamps))
         return True
 

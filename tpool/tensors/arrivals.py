@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tpool.errors import DecodeError
-from tpool.tensors import torch_private
+from tpool.tensors import leases, torch_private
 
 if TYPE_CHECKING:
     from tpool.tensors.leases import Block
+    from tpool.tensors.slabs import Place
 
 __all__ = [
     "DTYPES",
@@ -52,39 +53,53 @@ class Incoming:
         fds: descriptors that arrived; the caller closes them when the message is decoded.
     """
 
-    __slots__ = ("_blocks", "_empty", "_fds", "_first")
+    __slots__ = ("_blocks", "_empty", "_fds", "_first", "_slabs")
 
     def __init__(self, blocks: Sequence[Block], fds: Sequence[int]) -> None:
         self._blocks = blocks
         self._fds = fds
-        # The first tensor (or storage) on each block: its memory is that of all later ones.
-        self._first: dict[int, Any] = {}
+        # The first tensor at each place: its memory is that of all later ones.
+        self._first: dict[Place, torch.Tensor] = {}
+        self._slabs: set[int] = set()  # those of the blocks that were found to be slabs
         # One empty tensor per dtype: `new()` of it is five times faster than torch.empty.
         self._empty: dict[str, torch.Tensor] = {}
 
-    def block_storage(self, index: int) -> torch.UntypedStorage:
-        """The storage on a block; the same one each time."""
-        first = self._first.get(index)
+    def block_storage(self, place: Place) -> torch.UntypedStorage:
+        """The storage at a place; the same one each time."""
+        first = self._first.get(place)
         if first is None:
-            first = self._first[index] = torch.frombuffer(self._blocks[index].view, dtype=torch.uint8)
+            first = self._on_memory(place, torch.uint8)
         return first.untyped_storage()
 
-    def whole_tensor(self, index: int, dtype: str, *size: int) -> torch.Tensor:
+    def _on_memory(self, place: Place, dtype: torch.dtype) -> torch.Tensor:
+        """The first tensor at a place: all of its memory, one-dimensional."""
+        if type(place) is int:
+            tensor = torch.frombuffer(self._blocks[place].view, dtype=dtype)
+        else:
+            index, start, nbytes = place  # type: ignore[misc]
+            block = self._blocks[index]
+            if index not in self._slabs:
+                leases.table().note_slab(block)
+                self._slabs.add(index)
+            tensor = torch.frombuffer(block.view, dtype=dtype, count=nbytes // dtype.itemsize, offset=start)
+        self._first[place] = tensor
+        return tensor
+
+    def whole_tensor(self, place: Place, dtype: str, *size: int) -> torch.Tensor:
         """A contiguous tensor that covers its whole storage."""
-        if index in self._first:
-            aliased: torch.Tensor = self._new(dtype).set_(self.block_storage(index), 0, size)
+        if place in self._first:
+            aliased: torch.Tensor = self._new(dtype).set_(self.block_storage(place), 0, size)
             return aliased
         # Straight from the buffer: 1.6 us, where an untyped storage and `set_` take 3.2 us. resize_ gives a shape
         # without making a view of a tensor that the receiver has never seen, as view() would.
-        tensor = torch.frombuffer(self._blocks[index].view, dtype=DTYPES[dtype])
-        self._first[index] = tensor
+        tensor = self._on_memory(place, DTYPES[dtype])
         return tensor if len(size) == 1 else tensor.resize_(size)
 
     def strided_tensor(
-        self, index: int, dtype: str, offset: int, size: tuple[int, ...], stride: tuple[int, ...]
+        self, place: Place, dtype: str, offset: int, size: tuple[int, ...], stride: tuple[int, ...]
     ) -> torch.Tensor:
         """Any dense tensor; offset and stride count elements."""
-        tensor: torch.Tensor = self._new(dtype).set_(self.block_storage(index), offset, size, stride)
+        tensor: torch.Tensor = self._new(dtype).set_(self.block_storage(place), offset, size, stride)
         return tensor
 
     def _new(self, dtype: str) -> Any:
@@ -119,17 +134,17 @@ class Incoming:
 # The markers ---------------------------------------------------------------------------------------------------------
 
 
-def block_storage(index: int) -> Any:
+def block_storage(place: Place) -> Any:
     """Stands for ``Incoming.block_storage``."""
     raise _unbound()
 
 
-def whole_tensor(index: int, dtype: str, *size: int) -> Any:
+def whole_tensor(place: Place, dtype: str, *size: int) -> Any:
     """Stands for ``Incoming.whole_tensor``."""
     raise _unbound()
 
 
-def strided_tensor(index: int, dtype: str, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> Any:
+def strided_tensor(place: Place, dtype: str, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> Any:
     """Stands for ``Incoming.strided_tensor``."""
     raise _unbound()
 

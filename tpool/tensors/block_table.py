@@ -8,14 +8,16 @@ collection, a signal handler); each change of a shared variable is therefore one
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
+from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Callable
 
 from tpool.errors import PoolEndedError, ProtocolError
 from tpool.tensors.arena import Allocator, Arena
-from tpool.tensors.entries import Block, Entry, Mapped, Peer, Watch
+from tpool.tensors.entries import Block, Entry, Mapped, Peer, Watch, drop
 from tpool.tensors.forks import ForkPipes
 from tpool.tensors.memfd import Guard, view_of
 
@@ -27,6 +29,9 @@ class BlockTable:
 
     Any thread may call any method. An entry goes when its views are dead, nothing is lent (that is counted by
     ``LeaseTable``) and no child may read it.
+
+    Attributes:
+        lock_name: what locks of this process are named that hang on objects which forked children inherit.
     """
 
     def __init__(self) -> None:
@@ -34,9 +39,11 @@ class BlockTable:
         self._reset()
 
     def _reset(self) -> None:
+        self.lock_name = f"_tpool_moving_{os.getpid()}"
         self._lock = threading.RLock()
         self._dead: deque[Watch] = deque()
         self._entries: dict[int, Entry] = {}  # by address
+        self._slabs: list[int] = []  # addresses, sorted
         self._mapped: dict[int, Mapped] = {}  # by arena id
         self._peers: set[Peer] = set()  # who ever held a lease and was not forgotten; for check
         self._held_by_fork: dict[int, list[Entry]] = {}
@@ -164,14 +171,36 @@ class BlockTable:
     def find(self, address: int) -> Block | None:
         """The live block that starts at this address, in any arena; None if there is none or its views are dead."""
         entry = self._entries.get(address)
+        return None if entry is None else _block_of(entry)
+
+    def locate(self, address: int, nbytes: int) -> tuple[Block, int] | None:
+        """The live block of exactly these bytes, or the slab in which they lie; and where they begin in it."""
+        entry = self._entries.get(address)
+        if entry is None and self._slabs:
+            entry = self._slab_around(address)
         if entry is None:
             return None
-        watch = entry.watch
-        guard = None if watch is None else watch()
-        if guard is None:
+        start = address - entry.address
+        if not (start + nbytes <= entry.nbytes if entry.slab else entry.nbytes == nbytes):
             return None
-        nbytes = entry.nbytes
-        return Block(entry.mapped.arena, entry.offset, nbytes, view_of(guard, nbytes))
+        block = _block_of(entry)
+        return None if block is None else (block, start)
+
+    def _slab_around(self, address: int) -> Entry | None:
+        slabs = self._slabs
+        index = bisect_right(slabs, address)
+        below = slabs[index - 1 : index]  # none if there is none, or it has just gone
+        return self._entries.get(below[0]) if below else None
+
+    def note_slab(self, block: Block) -> None:
+        """Several storages share this block: from now on ``locate`` looks inside it."""
+        address = block.arena.address + block.offset
+        entry = self._entries.get(address)
+        if entry is not None and not entry.slab:
+            with self._lock:
+                if self._entries.get(address) is entry and not entry.slab:
+                    entry.slab = True
+                    insort(self._slabs, address)
 
     def _settle(self, entry: Entry) -> None:
         """Let the entry go if nothing needs it any more."""
@@ -179,12 +208,14 @@ class BlockTable:
             return
         if self._entries.pop(entry.address, None) is None:
             return
+        if entry.slab:
+            drop(self._slabs, entry.address)
         # Only now, when nobody can find the entry any more, may its memory be used again.
         mapped = entry.mapped
         if mapped.allocator is not None:
             mapped.allocator.free(entry.offset)
         else:
-            mapped.drop_offset(entry.offset)
+            drop(mapped.offsets, entry.offset)
             if entry.anchor is not None and not mapped.removed:
                 entry.anchor.owe(entry)
         if mapped.removed:
@@ -279,6 +310,15 @@ class BlockTable:
                 entry.holds -= 1
                 self._settle(entry)
         return bool(ended)
+
+
+def _block_of(entry: Entry) -> Block | None:
+    watch = entry.watch
+    guard = None if watch is None else watch()
+    if guard is None:
+        return None
+    nbytes = entry.nbytes
+    return Block(entry.mapped.arena, entry.offset, nbytes, view_of(guard, nbytes))
 
 
 def trim_if_needed(allocator: Allocator) -> None:

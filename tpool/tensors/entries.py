@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from tpool.tensors.arena import Allocator
 from tpool.tensors.memfd import Arena, Guard
 
-__all__ = ["Block", "Entry", "Mapped", "Peer", "Watch", "check_entries"]
+__all__ = ["Block", "Entry", "Mapped", "Peer", "Watch", "check_entries", "drop"]
 
 
 class Block:
@@ -118,14 +118,15 @@ class Mapped:
         """How many live blocks there are."""
         return len(self.offsets) if self.allocator is None else self.allocator.blocks_in_use
 
-    def drop_offset(self, offset: int) -> None:
-        """The block at this offset is gone."""
-        while True:
-            index = bisect_left(self.offsets, offset)
-            # Looked at again and deleted in one step, since the call above may have run a collection.
-            if self.offsets[index] == offset:
-                del self.offsets[index]
-                return
+
+def drop(numbers: list[int], number: int) -> None:
+    """Take a number out of a sorted list that has it."""
+    while True:
+        index = bisect_left(numbers, number)
+        # Looked at again and deleted in one step, since the call above may have run a collection.
+        if numbers[index] == number:
+            del numbers[index]
+            return
 
 
 class Entry:
@@ -138,9 +139,10 @@ class Entry:
         lent: how many leases the peers hold, all together.
         holds: how many forked children may still read it.
         anchor: whom to tell when all that has ended; None for our own blocks and where nobody is left to be told.
+        slab: whether several storages share it; see ``slabs.py``.
     """
 
-    __slots__ = ("anchor", "holds", "lent", "mapped", "nbytes", "offset", "watch")
+    __slots__ = ("anchor", "holds", "lent", "mapped", "nbytes", "offset", "slab", "watch")
 
     def __init__(self, mapped: Mapped, offset: int, nbytes: int, watch: Watch | None, anchor: Peer | None) -> None:
         self.mapped = mapped
@@ -150,6 +152,7 @@ class Entry:
         self.anchor = anchor
         self.lent = 0
         self.holds = 0
+        self.slab = False
 
     @property
     def address(self) -> int:

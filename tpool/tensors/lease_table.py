@@ -228,4 +228,5 @@ class LeaseTable(BlockTable):
         with self._lock:
             self._drain()
             held = [entry for entries in self._held_by_fork.values() for entry in entries]
+            assert self._slabs == sorted(entry.address for entry in self._entries.values() if entry.slab)
             check_entries(self._entries, self._mapped.values(), self._peers.union(peers), held)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import os
 import threading
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -27,7 +26,7 @@ from tpool.tensors import leases, torch_private
 if TYPE_CHECKING:
     from tpool.tensors.leases import Block
 
-__all__ = ["ParkingLot", "copy_bytes", "known_to_tensors_alone", "lies_in", "move_storage"]
+__all__ = ["ParkingLot", "copy_bytes", "known_to_tensors_alone", "move_storage"]
 
 # Old memory that stays parked until somebody looks closer who knows it. A look costs 30-60 ms (it asks the garbage
 # collector for all tensors), as much as moving this many bytes into memory that is not warm; smaller, and messages
@@ -38,64 +37,61 @@ PARKED_LIMIT_NBYTES = 64 << 20
 _PARKED = "_tpool_parked"
 
 
-def move_storage(storage: torch.UntypedStorage, block: Block, tensor: torch.Tensor | None) -> Block:
+def move_storage(
+    storage: torch.UntypedStorage, address: int, block: Block, start: int, tensor: torch.Tensor | None
+) -> tuple[Block, int]:
     """Move a CPU storage into a block; every tensor on it follows.
 
     Any thread may call, also two at once for one storage: the second finds it moved.
 
     Args:
-        storage: not empty, of the size of ``block``.
+        storage: not empty.
+        address: where its memory was when it was seen to lie in no block.
         block: fresh memory.
+        start: the first of its bytes that are for this storage.
         tensor: the tensor on it that is being sent, the only one that is known to the caller; None if not at hand.
 
     Returns:
-        The block the storage lies in: another one if another thread was faster.
+        The block in which the storage lies, and its first byte there: elsewhere if another thread was faster.
     """
     with _moving(storage):
-        if (found := lies_in(storage)) is not None:
+        nbytes = storage.nbytes()
+        if storage.data_ptr() != address:
+            found = leases.table().locate(storage.data_ptr(), nbytes)
+            assert found is not None, "only we move it"
             return found
-        old = torch.frombuffer(block.view, dtype=torch.uint8).untyped_storage()
-        _memmove(block, storage.data_ptr())
+        old = torch.frombuffer(block.view, dtype=torch.uint8, count=nbytes, offset=start).untyped_storage()
+        _memmove(block, start, address, nbytes)
         unknown = storage.resizable() and torch_private.only_owner(storage, tensor)
         torch_private.swap_data(storage, old)
         if not unknown:
             setattr(storage, _PARKED, (old, getattr(storage, _PARKED, None)))
         # Whoever waits for this lock, or makes a new one, finds the storage moved. Kept, it would cost 300 bytes.
-        vars(storage).pop(_lock_name(), None)
-        return block
+        vars(storage).pop(leases.table().lock_name, None)
+        return block, start
 
 
-def copy_bytes(storage: torch.UntypedStorage, start: int, block: Block) -> None:
-    """Fill the block with the storage's bytes from ``start`` on."""
+def copy_bytes(storage: torch.UntypedStorage, first: int, nbytes: int, block: Block, start: int) -> None:
+    """Copy so many of the storage's bytes, from its byte ``first`` to the block's byte ``start``."""
     with _moving(storage):  # or its memory could be freed under the copy
-        _memmove(block, storage.data_ptr() + start)
+        _memmove(block, start, storage.data_ptr() + first, nbytes)
 
 
-def lies_in(storage: torch.UntypedStorage) -> Block | None:
-    """The live block that the storage covers from its first byte to its last."""
-    block = leases.table().find(storage.data_ptr())
-    return block if block is not None and block.nbytes == storage.nbytes() else None
-
-
-def _memmove(block: Block, address: int) -> None:
+def _memmove(block: Block, start: int, address: int, nbytes: int) -> None:
     # memmove releases the GIL and starts no OpenMP threads, which would make a later fork unsafe: 0.5 us for 4 KB,
     # 0.7 ms for 16 MB into warm memory. Storage.copy_ holds the GIL and needs 2 us and 0.5 ms with two threads.
-    ctypes.memmove(block.arena.address + block.offset, address, block.nbytes)
+    ctypes.memmove(block.arena.address + block.offset + start, address, nbytes)
 
 
 def _moving(storage: torch.UntypedStorage) -> threading.Lock:
     """The lock under which this storage's memory changes hands.
 
-    It hangs on the storage, for a lock of the process would make all other senders wait for one large copy; and it is
-    named by the process, for a forked child would inherit one that nobody there will release. ``dict.setdefault`` is
+    It hangs on the storage, for a lock of the process would make all other senders wait for one large copy; and its
+    name tells the process, for a forked child would inherit one that nobody there will release. ``dict.setdefault`` is
     atomic.
     """
     attributes: dict[str, threading.Lock] = vars(storage)
-    return attributes.setdefault(_lock_name(), threading.Lock())
-
-
-def _lock_name() -> str:
-    return f"_tpool_moving_{os.getpid()}"
+    return attributes.setdefault(leases.table().lock_name, threading.Lock())
 
 
 class ParkingLot:

@@ -35,6 +35,7 @@ from tpool.tensors.names import MAIN
 from tpool.tensors.payload import TRAILER, GroupId, HeldObject, Payload, Received
 from tpool.tensors.plain import INLINE_NBYTES, dumps_plain, opcodes
 from tpool.tensors.registry import Registry, definition, inherited
+from tpool.tensors.slabs import Place
 from tpool.tensors.storages import Outgoing, Overlap, Sharing
 from tpool.tensors.token import Token
 
@@ -380,7 +381,7 @@ class _GroupPickler:
 class _WholeStorages(Outgoing):
     """Never sends a part of a storage, so that what was written need never be written again."""
 
-    def place_region(self, storage: torch.UntypedStorage, start: int, stop: int) -> tuple[int, int] | None:
+    def place_region(self, storage: torch.UntypedStorage, start: int, stop: int) -> tuple[Place, int] | None:
         """The whole storage."""
-        index = self.place(storage)
-        return None if index is None else (index, 0)
+        place = self.place(storage)
+        return None if place is None else (place, 0)

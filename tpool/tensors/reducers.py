@@ -92,8 +92,8 @@ def reduce_storage(storage: torch.UntypedStorage, sender: Outgoing) -> Reduced:
         raise UnsupportedTensorError(f"cannot send a storage on device {storage.device}; send storage.cpu()")
     if device == "meta" or not nbytes:
         return rebuild_storage, (nbytes, device)
-    index = sender.place(storage)
-    return sender.hand_over(storage) if index is None else (block_storage, (index,))
+    place = sender.place(storage)
+    return sender.hand_over(storage) if place is None else (block_storage, (place,))
 
 
 def rebuild_storage(nbytes: int, device: str) -> torch.UntypedStorage:

@@ -16,6 +16,7 @@ from tpool.tensors import reducers_layouts, torch_private
 from tpool.tensors.arrivals import DTYPES, NAMES, strided_tensor, whole_tensor
 
 if TYPE_CHECKING:
+    from tpool.tensors.slabs import Place
     from tpool.tensors.storages import Outgoing
 
 __all__ = ["Content", "Reduced", "content", "dense", "dress", "refuse_non_leaf"]
@@ -99,9 +100,9 @@ def dense(tensor: torch.Tensor, sender: Outgoing) -> Content:
     if tensor.is_contiguous() and nbytes == tensor.nbytes and nbytes and tensor.is_cpu:
         size = tensor.shape
         if 1 not in size:  # a dimension of 1 may have any stride
-            index = sender.place(storage, tensor)
-            if index is not None:
-                return whole_tensor, (index, dtype, *size)
+            place = sender.place(storage, tensor)
+            if place is not None:
+                return whole_tensor, (place, dtype, *size)
     return _dense_view(tensor, storage, dtype, sender)
 
 
@@ -113,15 +114,15 @@ def _dense_view(tensor: torch.Tensor, storage: torch.UntypedStorage, dtype: str,
             placed = _place_view(tensor, storage, offset, sender)
             if placed is not None:
                 return strided_tensor, (placed[0], dtype, placed[1], size, stride)
-        elif (index := sender.place(storage, tensor)) is not None:
-            return strided_tensor, (index, dtype, offset, size, stride)
+        elif (place := sender.place(storage, tensor)) is not None:
+            return strided_tensor, (place, dtype, offset, size, stride)
     return rebuild_dense, (storage, dtype, offset, size, stride)
 
 
 def _place_view(
     tensor: torch.Tensor, storage: torch.UntypedStorage, offset: int, sender: Outgoing
-) -> tuple[int, int] | None:
-    """Send a view's own bytes; gives the block's index and the view's offset in it, in elements."""
+) -> tuple[Place, int] | None:
+    """Send a view's own bytes; gives their place and the view's offset there, in elements."""
     itemsize = tensor.element_size()
     length = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     if tensor.numel() == 0:
@@ -129,8 +130,8 @@ def _place_view(
     placed = sender.place_region(storage, offset * itemsize, min((offset + length) * itemsize, storage.nbytes()))
     if placed is None:
         return None
-    index, start = placed
-    return index, (offset * itemsize - start) // itemsize
+    place, start = placed
+    return place, (offset * itemsize - start) // itemsize
 
 
 def _with_bits(tensor: torch.Tensor, made_by: Content) -> Content:

@@ -3,14 +3,14 @@
 ::
 
     Outgoing (the sender's, one per message)                Incoming (the receiver's, one per message)
-      place(storage, tensor)   ── index of a block ──►        block_storage, whole_tensor, strided_tensor
-      place_region(storage, …) ── index of a block ──►        the same
+      place(storage, tensor)   ── place in a block ──►        block_storage, whole_tensor, strided_tensor
+      place_region(storage, …) ── place in a block ──►        the same
       hand_over(storage)       ── descriptor or name ──►      fd_storage, named_storage
 
 Sharing ``"share"``: a storage moves into a block of shared memory, in place and under all its views, unless it lies
 in one already or the user shared it through torch. Sharing ``"copy"``: its bytes are copied and it stays where it is.
 
-Invariants: one storage has one index in a message, so aliases stay aliases; ``"copy"`` never changes the caller's
+Invariants: one storage has one place in a message, so aliases stay aliases; ``"copy"`` never changes the caller's
 storage; the user's own sharing is never undone.
 """
 
@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from tpool.errors import UnsupportedTensorError
-from tpool.tensors import torch_private
+from tpool.tensors import leases, torch_private
 from tpool.tensors.arrivals import fd_storage, named_storage
-from tpool.tensors.moving import ParkingLot, copy_bytes, known_to_tensors_alone, lies_in, move_storage
+from tpool.tensors.moving import ParkingLot, copy_bytes, known_to_tensors_alone, move_storage
+from tpool.tensors.slabs import Place, Slabs
 from tpool.tensors.token import Token
 
 if TYPE_CHECKING:
@@ -63,10 +64,11 @@ class Outgoing:
     """
 
     __slots__ = (
-        "_indices",
         "_met",
         "_parking",
+        "_places",
         "_regions",
+        "_slabs",
         "_token",
         "_token_index",
         "_whole",
@@ -96,8 +98,9 @@ class Outgoing:
         self.cuda_clones: dict[int, torch.UntypedStorage] = {}
         # By the storage's address, which another may get once this one is gone: so all that were met are held.
         self._met: list[torch.UntypedStorage] = []
-        self._indices: dict[int, int] = {}
-        self._regions: dict[int, list[tuple[int, int, int]]] = {}  # storage -> (start, stop, index), disjoint
+        self._places: dict[int, Place] = {}
+        self._slabs = Slabs(memory.allocate, self.blocks)
+        self._regions: dict[int, list[tuple[int, int, Place]]] = {}  # storage -> (start, stop, place), disjoint
         self._whole: set[int] = set()  # storages whose views overlapped in an earlier try
         self._parking = ParkingLot()
         self._token = token or Token(memory)
@@ -122,55 +125,53 @@ class Outgoing:
             self._token_index = len(self.blocks) - 1
         return self._token_index
 
-    def place(self, storage: torch.UntypedStorage, tensor: torch.Tensor | None = None) -> int | None:
-        """Index of the block that holds the whole storage; None if it goes by torch's own handle.
+    def place(self, storage: torch.UntypedStorage, tensor: torch.Tensor | None = None) -> Place | None:
+        """Where the whole storage lies; None if it goes by torch's own handle.
 
         Args:
             storage: on the CPU, not empty.
             tensor: the tensor on it that is being sent; tells whether others may know the memory.
         """
-        index = self._indices.get(storage._cdata)
-        if index is not None:
-            return index
+        place = self._places.get(storage._cdata)
+        if place is not None:
+            return place
         if storage.is_shared() and torch_private.shared_by(storage) != "private file":
             return None
         if self.sharing == "copy":
             return self._place_copy(storage)
-        block = lies_in(storage)
-        if block is None:
+        address = storage.data_ptr()
+        found = leases.table().locate(address, storage.nbytes())
+        if found is None:
             if not self.can_swap:
                 return self._place_without_swap(storage, tensor)
-            block = self._move(storage, tensor)
-        return self._add(storage, block)
+            found = self._move(storage, address, tensor)
+        return self._add(storage, *found)
 
-    def place_region(self, storage: torch.UntypedStorage, start: int, stop: int) -> tuple[int, int] | None:
+    def place_region(self, storage: torch.UntypedStorage, start: int, stop: int) -> tuple[Place, int] | None:
         """In mode ``"copy"``: send only the bytes from ``start`` to ``stop``.
 
         Returns:
-            The index of a block and the byte of the storage that it begins with; None if the storage goes by torch's
+            Where they lie, and the byte of the storage that stands there first; None if the storage goes by torch's
             own handle.
 
         Raises:
             Overlap: an earlier view shares some of these bytes, and was sent without the others.
         """
         key = storage._cdata
-        if key in self._whole or key in self._indices or storage.is_shared():
-            index = self.place(storage)
-            return None if index is None else (index, 0)
+        if key in self._whole or key in self._places or storage.is_shared():
+            whole = self.place(storage)
+            return None if whole is None else (whole, 0)
         start -= start % REGION_ALIGNMENT
         regions = self._regions.setdefault(key, [])
-        for first, last, index in regions:
+        for first, last, place in regions:
             if first <= start and stop <= last:
-                return index, first
+                return place, first
             if start < last and first < stop:
                 self._whole.add(key)
                 raise Overlap
-        block = self.memory.allocate(stop - start)
-        copy_bytes(storage, start, block)
-        self._met.append(storage)
-        self.blocks.append(block)
-        regions.append((start, stop, len(self.blocks) - 1))
-        return len(self.blocks) - 1, start
+        place = self._copy(storage, start, stop - start)
+        regions.append((start, stop, place))
+        return place, start
 
     def hand_over(self, storage: torch.UntypedStorage) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """The handle of a storage for which ``place`` gave None: a marker and its arguments."""
@@ -193,28 +194,32 @@ class Outgoing:
             os.close(fd)
         return self.add_fd(torch_private.shared_fd(owner), owner)
 
-    def _add(self, storage: torch.UntypedStorage, block: Block) -> int:
+    def _add(self, storage: torch.UntypedStorage, block: Block, start: int) -> Place:
         self._met.append(storage)
-        self.blocks.append(block)
-        index = self._indices[storage._cdata] = len(self.blocks) - 1
-        return index
+        place = self._places[storage._cdata] = self._slabs.place(block, start, storage.nbytes())
+        return place
 
-    def _move(self, storage: torch.UntypedStorage, tensor: torch.Tensor | None) -> Block:
+    def _move(self, storage: torch.UntypedStorage, address: int, tensor: torch.Tensor | None) -> tuple[Block, int]:
         resizable = storage.resizable()
-        block = move_storage(storage, self.memory.allocate(storage.nbytes()), tensor)
+        found = move_storage(storage, address, *self._slabs.claim(storage.nbytes()), tensor)
         if resizable:
             self._parking.note(storage)
-        return block
+        return found
 
-    def _place_copy(self, storage: torch.UntypedStorage) -> int:
+    def _copy(self, storage: torch.UntypedStorage, first: int, nbytes: int) -> Place:
+        block, start = self._slabs.claim(nbytes)
+        copy_bytes(storage, first, nbytes, block, start)
+        self._met.append(storage)
+        return self._slabs.place(block, start, nbytes)
+
+    def _place_copy(self, storage: torch.UntypedStorage) -> Place:
         if storage._cdata in self._regions:  # a view of it was sent alone
             self._whole.add(storage._cdata)
             raise Overlap
-        block = self.memory.allocate(storage.nbytes())
-        copy_bytes(storage, 0, block)
-        return self._add(storage, block)
+        place = self._places[storage._cdata] = self._copy(storage, 0, storage.nbytes())
+        return place
 
-    def _place_without_swap(self, storage: torch.UntypedStorage, tensor: torch.Tensor | None) -> int | None:
+    def _place_without_swap(self, storage: torch.UntypedStorage, tensor: torch.Tensor | None) -> Place | None:
         """Older torch frees the memory that it moves: a storage that numpy or DLPack may know stays, and is copied.
 
         What holds this tensor may be its views or an export, which only a slow look can tell. Exports of other
