@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("numpy")
 
 from benchmarks import __main__ as command
-from benchmarks import plots, report, stats
+from benchmarks import micro_steps, plots, report, stats
 from benchmarks.cases import CASES
 from benchmarks.cases.tasks import best_in_order
 from benchmarks.peers import PEERS
@@ -172,3 +172,16 @@ def test_the_best_order_without_foresight(position, best):
 
 def test_a_target_reads_as_a_sentence():
     assert report._bound(Target("apply", "time_ratio", 0.6, metric="p50")) == "p50 ≤ 0.6× the time of torch"
+
+
+def test_each_hot_step_can_be_measured(monkeypatch):
+    monkeypatch.setattr(micro_steps, "ROUNDS", 1)
+    monkeypatch.setattr(micro_steps, "COUNT", 20)
+
+    bench = micro_steps.Bench()
+
+    found = {step.name: step.measure() for step in bench.steps()}
+    bench.close()
+
+    assert len(found) >= 11
+    assert all(microseconds > 0 for microseconds in found.values())
