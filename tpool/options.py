@@ -160,11 +160,20 @@ def check_seed(seed: int | None) -> int | None:
 
 
 def check_steering(
-    threads: int | None, affinity: object, devices: Iterable[str] | None, max_memory: int | str | None, method: str
+    threads: int | None,
+    affinity: object,
+    devices: Iterable[str] | None,
+    max_memory: int | str | None,
+    max_cuda_memory: int | str | None,
+    method: str,
 ) -> Steering:
     """Threads, CPUs, devices and memory of the workers; see ``Pool``."""
     return Steering(
-        _check_threads(threads, method), _check_affinity(affinity), _check_devices(devices), _check_max(max_memory)
+        _check_threads(threads, method),
+        _check_affinity(affinity),
+        _check_devices(devices),
+        _check_max("max_memory", max_memory),
+        _check_max("max_cuda_memory", max_cuda_memory),
     )
 
 
@@ -232,12 +241,12 @@ def _check_device(name: str) -> None:
         raise ValueError(f"devices: there is no {name!r}; this machine has cuda:0 to cuda:{count - 1}")
 
 
-def _check_max(max_memory: int | str | None) -> int | None:
-    if max_memory is None:
+def _check_max(name: str, size: int | str | None) -> int | None:
+    if size is None:
         return None
-    nbytes = parse_size("max_memory", max_memory)
+    nbytes = parse_size(name, size)
     if nbytes < 1:
-        raise ValueError(f"max_memory must be 1 or more bytes, not {max_memory!r}")
+        raise ValueError(f"{name} must be 1 or more bytes, not {size!r}")
     return nbytes
 
 

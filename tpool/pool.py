@@ -89,7 +89,9 @@ class Pool(StreamCalls, BatchCalls, Seen):
             way. There it is the default device; ``get_worker_info().device`` names it.
         max_memory: a worker with more private memory than this after a task, in bytes or as text such as ``"2GB"``,
             is replaced by a fresh one. Shared memory does not count. None for any amount.
-
+        max_cuda_memory: the same for GPUs: what torch's caching allocator has reserved in the worker after a task, on
+            all of them together, in use or not. The CUDA context and what libraries allocate by themselves do not
+            count. A worker whose CUDA tensors the caller still uses is replaced, but its memory stays as long.
         forward_logs: True, or a level such as ``"INFO"``: what workers log from that level on (True: the root
             logger's) is handled here, by the loggers of the same names, in a thread of the pool's; a record's
             ``processName`` and ``worker`` tell where it comes from. In the workers it replaces the root logger's
@@ -123,6 +125,7 @@ class Pool(StreamCalls, BatchCalls, Seen):
         affinity: bool | Iterable[int | Iterable[int]] | None = None,
         devices: Iterable[str] | None = None,
         max_memory: int | str | None = None,
+        max_cuda_memory: int | str | None = None,
         forward_logs: bool | int | str = False,
     ) -> None:
         check_platform()
@@ -138,7 +141,7 @@ class Pool(StreamCalls, BatchCalls, Seen):
             preload=options.check_preload(preload),
             memory_nbytes=options.parse_nbytes(memory),
             sharing=options.check_sharing(sharing),
-            steering=options.check_steering(threads, affinity, devices, max_memory, method),
+            steering=options.check_steering(threads, affinity, devices, max_memory, max_cuda_memory, method),
             log_level=options.check_log_level(forward_logs),
         )
         refuse_fork_after_cuda(settings.method)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from time import monotonic
 from typing import Any
 
 import torch
@@ -12,10 +13,10 @@ import torch
 from tpool.local import wire
 from tpool.local.crew import Crew
 from tpool.local.hunger import Hunger
+from tpool.local.setup import PoolMemory
 from tpool.messages import JobId
 from tpool.tensors.held import Holder, Reference
 from tpool.tensors.payload import HeldObject, Payload
-from tpool.tensors.pickler import Codec
 from tpool.tensors.plain import dumps_plain
 from tpool.tensors.storages import Sharing
 
@@ -26,13 +27,15 @@ class Encoder:
     """The part of ``tpool.engine.Engine`` that encodes; any thread may call.
 
     Args:
-        codec: pickles.
+        memory: of the pool, with the codec that pickles.
         hunger: is told whose patience a wait for memory may count on.
         crew: where jobs are written down.
     """
 
-    def __init__(self, codec: Codec, hunger: Hunger, crew: Crew) -> None:
-        self._codec = codec
+    def __init__(self, memory: PoolMemory, hunger: Hunger, crew: Crew) -> None:
+        self._memory = memory
+        self._codec = codec = memory.codec
+        self._encodings = memory.encodings
         self._patience = hunger
         self._crew = crew
         self._holder = Holder(codec.memory, self.wake)
@@ -76,16 +79,25 @@ class Encoder:
 
     def encode(self, obj: Any, patient: Callable[[], bool] | None = None) -> Payload | bytes:
         """See Engine."""
-        stream = dumps_plain(obj)
-        if stream is not None:
-            return stream
-        self._patience.set_patience(patient)
-        return self._codec.dumps(obj)
+        encodings = self._encodings
+        began = 0.0 if encodings is None else monotonic()
+        encoded: Payload | bytes | None = dumps_plain(obj)
+        if encoded is None:
+            self._patience.set_patience(patient)
+            encoded = self._codec.dumps(obj)
+        if encodings is not None:
+            encodings.note(began, monotonic(), wire.carried_nbytes(encoded))
+        return encoded
 
     def encode_call(self, function: Any, args: tuple[Any, ...], kwds: dict[str, Any]) -> Payload | bytes:
         """See Engine."""
         self._patience.set_patience(None)
-        return self._codec.dumps_call(function, args, kwds)
+        encodings = self._encodings
+        began = 0.0 if encodings is None else monotonic()
+        encoded = self._codec.dumps_call(function, args, kwds)
+        if encodings is not None:
+            encodings.note(began, monotonic(), wire.carried_nbytes(encoded))
+        return encoded
 
     def encoded_nbytes(self, encoded: Payload | bytes) -> int:
         """See Engine."""

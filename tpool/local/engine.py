@@ -67,7 +67,6 @@ class LocalEngine(Encoder):
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._crew = Crew([SlotRecord() for _ in range(settings.processes)])
         self._hunger = Hunger(self.wake)
         self._hungry = False  # somebody waits for memory: idle memory of ours is to be found and given up
         self.may_give_back: Callable[[], bool] = lambda: False
@@ -75,7 +74,8 @@ class LocalEngine(Encoder):
         self.pressing = self.can_lend = False
         self._memory = PoolMemory(settings, self._hunger.wait)
         self.logs = self._memory.logs
-        super().__init__(self._memory.codec, self._hunger, self._crew)
+        self._crew = Crew([SlotRecord(trace=self._memory.trace(slot)) for slot in range(settings.processes)])
+        super().__init__(self._memory, self._hunger, self._crew)
         self._initializer: Payload | None = None
         try:
             if settings.method != "fork":
@@ -171,7 +171,7 @@ class LocalEngine(Encoder):
         member = Member(action.worker, slot, Channel(ours), claims_fd, self._memory, self._crew)
         self._members[action.worker] = member
         self._launched += 1
-        self._crew.slots[slot].workers += 1
+        self._crew.slots[slot].note_start(member.outbox)
         hello, fds = self._memory.hello(slot, self._launched)
         member.channel.put(Kind.HELLO, hello, fds)
         if self._initializer is not None:

@@ -1,0 +1,148 @@
+"""A worker's trace: when its latest tasks began and ended, in shared memory. Only where a timeline is asked for.
+
+The worker writes, and overwrites the oldest; nobody is told, and the parent reads only when a timeline is made. So a
+record costs the worker a few stores and the parent nothing, and what a killed worker did stays readable, up to the
+task that it was killed in::
+
+    | count u64 | running: job u64, index u64, began f64 | ... up to 64 bytes | capacity x record of 64 bytes |
+
+One trace for each slot, whose workers write one after the other. All times are seconds of CLOCK_MONOTONIC, which is
+one clock for all processes of a machine.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from typing import NamedTuple
+
+from tpool.tensors.memfd import PAGE_NBYTES, create_memfd, map_memfd, memfd_nbytes
+
+__all__ = ["DEFINITIONS", "Record", "Trace"]
+
+DEFINITIONS = 0
+"""Stands for a job where a worker read what functions of the caller's script need; jobs count from 1."""
+
+# job, index, began, decoded, ran, ended, nbytes that came, nbytes sent
+_RECORD = struct.Struct("<QQddddQQ")
+_HEADER_NBYTES = 64
+_RUNNING = struct.Struct("<QQd")
+_RUNNING_AT = 8
+
+
+class Record(NamedTuple):
+    """Task number ``task`` of a job: ``began`` to ``decoded`` to ``ran`` to ``ended``, and the bytes that it was given and gave."""
+
+    job: int
+    task: int
+    began: float
+    decoded: float
+    ran: float
+    ended: float
+    came_nbytes: int
+    sent_nbytes: int
+
+
+class Trace:
+    """The trace of one slot, mapped.
+
+    Attributes:
+        fd: the memfd, to be sent to workers; owned.
+        capacity: how many records it keeps.
+    """
+
+    __slots__ = ("_count", "_view", "_words", "capacity", "fd")
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        try:
+            nbytes = memfd_nbytes(fd)
+            self._view = map_memfd(fd, nbytes)[0]
+        except BaseException:
+            os.close(fd)
+            raise
+        self.capacity = (nbytes - _HEADER_NBYTES) // _RECORD.size
+        self._words = self._view[:8].cast("Q")
+        self._count: int = self._words[0]
+
+    @classmethod
+    def create(cls, capacity: int) -> Trace:
+        """A trace that keeps at least so many records; memory is used as they come."""
+        nbytes = _HEADER_NBYTES + capacity * _RECORD.size
+        return cls(create_memfd("tpool-trace", -(-nbytes // PAGE_NBYTES) * PAGE_NBYTES))
+
+    @classmethod
+    def attach(cls, fd: int) -> Trace:
+        """In a worker: go on where the slot's earlier worker ended; the descriptor is taken over."""
+        trace = cls(fd)
+        trace.close()
+        return trace
+
+    def close(self) -> None:
+        """Close the descriptor; the records stay readable."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    # The worker -----------------------------------------------------------------------------------------------------
+
+    def begin(self, job: int, index: int, now: float) -> None:
+        """A task begins."""
+        _RUNNING.pack_into(self._view, _RUNNING_AT, job, index, now)
+
+    def note(
+        self,
+        job: int,
+        index: int,
+        began: float,
+        decoded: float,
+        ran: float,
+        ended: float,
+        came_nbytes: int,
+        sent_nbytes: int,
+    ) -> None:
+        """A task has ended; see Record."""
+        count = self._count
+        at = _HEADER_NBYTES + count % self.capacity * 64
+        _RECORD.pack_into(self._view, at, job, index, began, decoded, ran, ended, came_nbytes, sent_nbytes)
+        self._count = self._words[0] = count + 1
+
+    def note_definitions(self, began: float, ended: float, nbytes: int) -> None:
+        """Definitions were read, between two tasks."""
+        self.note(DEFINITIONS, 0, began, ended, ended, ended, nbytes, 0)
+
+    # The parent -----------------------------------------------------------------------------------------------------
+
+    def read(self) -> tuple[list[Record], int]:
+        """What is kept, oldest first; and how many older records are gone. The worker may go on writing meanwhile."""
+        first = max(0, self._words[0] - self.capacity)
+        copy = bytes(self._view[_HEADER_NBYTES:])
+        last = self._words[0]
+        # What was overwritten while we copied, and what may just now be.
+        first = max(first, last + 1 - self.capacity) if last >= self.capacity else first
+        records = []
+        for number in range(first, last):
+            record = Record._make(_RECORD.unpack_from(copy, number % self.capacity * 64))
+            # Stores may be seen out of order on some processors; a record that was not all there is left out.
+            if 0.0 < record.began <= record.decoded <= record.ran <= record.ended:
+                records.append(record)
+        return records, first
+
+    def running(self) -> tuple[int, int, float] | None:
+        """The (job, index, when it began) of the task that was begun and has not ended; None if there is none."""
+        job, index, began = _RUNNING.unpack_from(self._view, _RUNNING_AT)
+        count = self._words[0]
+        if not began:
+            return None
+        if count:
+            at = _HEADER_NBYTES + (count - 1) % self.capacity * 64
+            latest = Record._make(_RECORD.unpack_from(self._view, at))
+            if latest.began >= began:
+                return None
+        return job, index, began
+
+    def take_running(self) -> tuple[int, int, float] | None:
+        """The same of a worker that is gone; the next one does not run it."""
+        running = self.running()
+        _RUNNING.pack_into(self._view, _RUNNING_AT, 0, 0, 0.0)
+        return running
