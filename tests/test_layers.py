@@ -78,13 +78,16 @@ ROWS = [
     ["tpool.local.encoding", "tpool.local.lending"],
     ["tpool.local.looks"],
     ["tpool.local.engine"],
+    ["tpool.timeline.columns", "tpool.timeline.spans"],
+    ["tpool.timeline.chrome", "tpool.timeline.picture"],
+    ["tpool.timeline.timeline"],
     ["tpool.results", "tpool.stats"],
     ["tpool.failures", "tpool.loops"],
     ["tpool.futures", "tpool.streams"],
     ["tpool.map_result"],
     ["tpool.progress"],
     ["tpool.handler"],
-    ["tpool.direct", "tpool.feeder", "tpool.gate", "tpool.report"],
+    ["tpool.direct", "tpool.feeder", "tpool.gate", "tpool.report", "tpool.tracing"],
     ["tpool.opening"],
     ["tpool.options"],
     ["tpool.executor", "tpool.maps"],
@@ -94,7 +97,7 @@ ROWS = [
     ["tpool"],
 ]
 ROW_OF = {name: number for number, row in enumerate(ROWS) for name in row}
-PACKAGES = {"tpool.tensors", "tpool.local"}
+PACKAGES = {"tpool.tensors", "tpool.local", "tpool.timeline"}
 # What a pure module may not touch.
 IMPURE = {"os", "time", "threading", "torch", "logging", "socket", "select", "multiprocessing"}
 PURE_NAMES = ["errors", "messages", "deadlines", "roster", "dispatch", "jobs", "killing", "scheduler"]

@@ -68,6 +68,9 @@ EXIT_SECONDS = 2.0
 NAP_TASKS = 64
 NAP_SECONDS = 0.0005
 
+NAMES_KEPT = 1 << 17
+"""How many calls a timeline knows by name. More would take more memory: about 150 bytes for each."""
+
 
 class Handler:
     """Runs a pool.
@@ -94,6 +97,7 @@ class Handler:
         self.sinks: dict[JobId, Sink] = {}
         self.direct: dict[JobId, tuple[str, float]] = {}  # calls in lent workers: what, and since when
         self._job_ids = itertools.count(1)
+        self.names: dict[JobId, str] | None = None  # of the latest jobs, if there is to be a timeline
         self._asleep = False
         # Tasks were submitted "soon", so this thread only naps; written before _asleep, read after it.
         self._napping = False
@@ -140,7 +144,7 @@ class Handler:
         self, sink: Sink, mode: int, function: Encoded | None = None, batch: int = 1, rules: Rules | None = None
     ) -> JobId:
         """Make a job known, before its tasks."""
-        job = self.new_job()
+        job = self.new_job(sink.story)
         self.sinks[job] = sink
         self.engine.open_job(job, mode, function)
         self.post(JobOpened(job, batch, rules))
@@ -148,15 +152,19 @@ class Handler:
 
     def open_single(self, sink: Sink, mode: int, payload: Encoded, rules: Rules | None = None) -> JobId:
         """Make a job of one task known, and submit it; the handler is woken once."""
-        job = self.new_job()
+        job = self.new_job(sink.story)
         self.sinks[job] = sink
         self.engine.open_job(job, mode, None)
         self.post(JobSubmitted(job, [Task(job, 0, payload)], rules=rules))
         return job
 
-    def new_job(self) -> JobId:
-        """A name for a job."""
-        return JobId(next(self._job_ids))
+    def new_job(self, story: str) -> JobId:
+        """A number for a job; the story is what a timeline calls it."""
+        job = JobId(next(self._job_ids))
+        if self.names is not None:
+            self.names[job] = story
+            self.names.pop(JobId(job - NAMES_KEPT), None)
+        return job
 
     def submit_soon(self, task: Task) -> None:
         """Add a task of microseconds to the end of its job: many of them are taken up together, in ``NAP_SECONDS``."""

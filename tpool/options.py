@@ -250,6 +250,22 @@ def _check_max(name: str, size: int | str | None) -> int | None:
     return nbytes
 
 
+MOST_TIMELINE_TASKS = 1 << 24  # a gigabyte for each worker
+TIMELINE_TASKS = 1 << 16
+"""How many tasks of each worker a timeline keeps. More: more shared memory, 64 bytes each. Fewer: less of the past."""
+
+
+def check_timeline(timeline: bool | int) -> int:
+    """How many tasks of each worker are kept; 0 for no timeline."""
+    if isinstance(timeline, bool):
+        return TIMELINE_TASKS if timeline else 0
+    if not isinstance(timeline, int):
+        raise TypeError(f"timeline must be True, False or a number of tasks to keep for each worker, not {timeline!r}")
+    if not 1 <= timeline <= MOST_TIMELINE_TASKS:
+        raise ValueError(f"timeline must be True, False or a number from 1 to {MOST_TIMELINE_TASKS}, not {timeline}")
+    return timeline
+
+
 def check_log_level(forward_logs: bool | int | str) -> int | None:
     """The level of the least records that workers send; None to send none."""
     if forward_logs is False:

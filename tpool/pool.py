@@ -96,6 +96,9 @@ class Pool(StreamCalls, BatchCalls, Seen):
             logger's) is handled here, by the loggers of the same names, in a thread of the pool's; a record's
             ``processName`` and ``worker`` tell where it comes from. In the workers it replaces the root logger's
             handlers and level.
+        timeline: True: write down when each task and transfer began and ended, for ``timeline()``. What is kept are
+            the latest 65,536 tasks of each worker, in 4 MB of shared memory each (beyond ``memory``) that is used as
+            they come, and as many things that the caller encoded; or as many as this number says.
 
     ``timeout``, ``retries`` and ``retry_on`` can be given to each call, too, which then go before these.
 
@@ -127,6 +130,7 @@ class Pool(StreamCalls, BatchCalls, Seen):
         max_memory: int | str | None = None,
         max_cuda_memory: int | str | None = None,
         forward_logs: bool | int | str = False,
+        timeline: bool | int = False,
     ) -> None:
         check_platform()
         self._limits = Limits(timeout, retries, retry_on)
@@ -143,6 +147,7 @@ class Pool(StreamCalls, BatchCalls, Seen):
             sharing=options.check_sharing(sharing),
             steering=options.check_steering(threads, affinity, devices, max_memory, max_cuda_memory, method),
             log_level=options.check_log_level(forward_logs),
+            timeline=options.check_timeline(timeline),
         )
         refuse_fork_after_cuda(settings.method)
         self._processes = settings.processes
@@ -151,6 +156,7 @@ class Pool(StreamCalls, BatchCalls, Seen):
         self._engine = LocalEngine(settings)
         scheduler = Scheduler(settings.processes, max_tasks)
         self._handler = Handler(self._engine, scheduler, self._callbacks, name)
+        self._handler.names = {} if settings.timeline else None
         self._gate = Gate(self._handler)
         self._opener = Opener(
             self._engine,

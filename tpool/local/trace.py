@@ -31,7 +31,7 @@ _RUNNING_AT = 8
 
 
 class Record(NamedTuple):
-    """Task number ``task`` of a job: ``began`` to ``decoded`` to ``ran`` to ``ended``, and the bytes that it was given and gave."""
+    """Task number ``task`` of a job: when its parts ended, and the bytes that it was given and gave."""
 
     job: int
     task: int
