@@ -15,7 +15,7 @@ ROWS = [
     ["tpool.messages"],
     ["tpool.deadlines", "tpool.limits", "tpool.roster"],
     ["tpool.dispatch"],
-    ["tpool.jobs"],
+    ["tpool.jobs", "tpool.slots"],
     ["tpool.killing"],
     ["tpool.scheduler"],
     ["tpool.tensors.budget", "tpool.tensors.memfd", "tpool.tensors.forks"],
@@ -92,7 +92,7 @@ ROWS = [
     ["tpool.options"],
     ["tpool.executor", "tpool.maps"],
     ["tpool.imaps", "tpool.memory"],
-    ["tpool.batches", "tpool.seeing"],
+    ["tpool.batches", "tpool.seeing", "tpool.sizing"],
     ["tpool.pool"],
     ["tpool"],
 ]
@@ -100,7 +100,7 @@ ROW_OF = {name: number for number, row in enumerate(ROWS) for name in row}
 PACKAGES = {"tpool.tensors", "tpool.local", "tpool.timeline"}
 # What a pure module may not touch.
 IMPURE = {"os", "time", "threading", "torch", "logging", "socket", "select", "multiprocessing"}
-PURE_NAMES = ["errors", "messages", "deadlines", "roster", "dispatch", "jobs", "killing", "scheduler"]
+PURE_NAMES = ["errors", "messages", "deadlines", "roster", "dispatch", "jobs", "killing", "slots", "scheduler"]
 PURE = [f"tpool.{name}" for name in PURE_NAMES]
 
 

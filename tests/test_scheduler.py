@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tpool import deadlines, dispatch, jobs, killing, roster, scheduler
+from tpool import deadlines, dispatch, jobs, killing, roster, scheduler, slots
 from tpool.dispatch import AHEAD_SECONDS, MAX_BATCH, RECALL_SECONDS
 from tpool.errors import ProtocolError
 from tpool.messages import (
@@ -37,7 +37,7 @@ from tpool.messages import (
 )
 from tpool.scheduler import MAX_START_FAILURES, START_GRACE_SECONDS, Scheduler
 
-PARTS = [scheduler, killing, jobs, dispatch, roster, deadlines]
+PARTS = [scheduler, slots, killing, jobs, dispatch, roster, deadlines]
 
 FAST = 1e-6
 HALF = MAX_BATCH // 2  # what travels in one message of fast tasks

@@ -52,6 +52,7 @@ from tpool.messages import (
     TasksSubmitted,
     TimedOut,
     TimePassed,
+    VacateSlot,
     WorkerId,
 )
 from tpool.results import Callbacks, Failure, SharedFailure, Sink
@@ -118,6 +119,7 @@ class Handler:
             RecallTasks: self._pass_on,
             RetireWorker: self._pass_on,
             KillWorker: self._pass_on,
+            VacateSlot: self._pass_on,
             ResolveTasks: self._resolve,
             FailTask: self._fail,
             RetryTask: self._retry,

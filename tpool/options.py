@@ -36,6 +36,15 @@ def check_processes(processes: int | None) -> int:
     return processes
 
 
+def check_new_size(processes: int) -> int:
+    """How many workers a pool is to have from now on."""
+    if isinstance(processes, bool) or not isinstance(processes, int):
+        raise TypeError(f"processes must be a number of workers, not {processes!r}")
+    if processes < 1:
+        raise ValueError(f"a pool keeps at least 1 worker, not {processes}; close() it to have none")
+    return processes
+
+
 def check_initializer(initializer: Callable[..., object] | None) -> Callable[..., object] | None:
     """An initializer is called, so it must be callable."""
     if initializer is not None and not callable(initializer):

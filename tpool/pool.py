@@ -33,6 +33,7 @@ from tpool.opening import Opener
 from tpool.results import Callbacks, finish
 from tpool.scheduler import Scheduler
 from tpool.seeing import Seen
+from tpool.sizing import Sized
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -46,7 +47,7 @@ LOG_SECONDS = 5.0
 _pool_numbers = itertools.count(1)
 
 
-class Pool(StreamCalls, BatchCalls, Seen):
+class Pool(StreamCalls, BatchCalls, Sized, Seen):
     """A pool of worker processes that moves tensors through shared memory by handle.
 
     The API of ``multiprocessing.Pool``; what is better is listed in the README. May be used from any thread of the
@@ -150,19 +151,17 @@ class Pool(StreamCalls, BatchCalls, Seen):
             timeline=options.check_timeline(timeline),
         )
         refuse_fork_after_cuda(settings.method)
-        self._processes = settings.processes
         name = f"tpool-{next(_pool_numbers)}"
         self._callbacks = Callbacks(name)
         self._engine = LocalEngine(settings)
         scheduler = Scheduler(settings.processes, max_tasks)
         self._handler = Handler(self._engine, scheduler, self._callbacks, name)
         self._handler.names = {} if settings.timeline else None
-        self._gate = Gate(self._handler)
+        self._gate = Gate(self._handler, settings.processes)
         self._opener = Opener(
             self._engine,
             self._handler,
             self._gate,
-            settings.processes,
             max_tasks,
             settings.memory_nbytes // STREAM_SHARE,
             seed,
@@ -173,7 +172,7 @@ class Pool(StreamCalls, BatchCalls, Seen):
 
     def __repr__(self) -> str:
         name = type(self).__module__.partition(".")[0]
-        return f"<{name}.Pool state={self._gate.state} pool_size={self._processes} {self._busy()}>"
+        return f"<{name}.Pool state={self._gate.state} pool_size={self._gate.processes} {self._busy()}>"
 
     def __reduce__(self) -> str:
         raise NotImplementedError("pool objects cannot be passed between processes or pickled")

@@ -60,6 +60,7 @@ class SlotRecord:
         transferred: how long the earlier ones were.
         trace: what they did; None if nobody wants to know.
         lives: when they were there, if there is a trace.
+        vacant: the pool is smaller now, and the slot has no worker.
     """
 
     tasks_done: int = 0
@@ -75,6 +76,7 @@ class SlotRecord:
     transferred: float = 0.0
     trace: Trace | None = None
     lives: deque[Life] = field(default_factory=lambda: deque(maxlen=LIVES_KEPT))
+    vacant: bool = False
 
     def seconds_up(self) -> float:
         """How long the slot has had a worker that was ready."""
@@ -89,6 +91,7 @@ class SlotRecord:
     def note_start(self, outbox: Outbox) -> None:
         """A worker is to be started; its outbox is new."""
         self.workers += 1
+        self.vacant = False
         self.outbox = outbox
         if self.trace is not None:
             self.lives.append(Life(monotonic()))

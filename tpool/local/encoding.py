@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tpool.local import wire
-from tpool.local.crew import Crew
+from tpool.local.crew import Crew, SlotRecord
 from tpool.local.hunger import Hunger
 from tpool.local.setup import PoolMemory
 from tpool.messages import JobId
@@ -24,7 +24,7 @@ __all__ = ["Encoder"]
 
 
 class Encoder:
-    """The part of ``tpool.engine.Engine`` that encodes; any thread may call.
+    """The part of ``tpool.engine.Engine`` that encodes and makes room; any thread may call.
 
     Args:
         memory: of the pool, with the codec that pickles.
@@ -52,6 +52,13 @@ class Encoder:
         """See Engine."""
         if function is not None:
             self._crew.jobs[job] = (mode, function)
+
+    def make_room(self, processes: int) -> None:
+        """See Engine."""
+        self._memory.grow(processes)
+        slots = self._crew.slots
+        slots += [SlotRecord(trace=self._memory.trace(slot)) for slot in range(len(slots), processes)]
+        self._memory.settings.processes = processes
 
     @property
     def sharing(self) -> Sharing:

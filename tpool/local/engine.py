@@ -47,6 +47,7 @@ from tpool.messages import (
     SendTasks,
     StartWorker,
     TasksRecalled,
+    VacateSlot,
     WorkerExited,
 )
 from tpool.tensors.payload import Payload
@@ -126,6 +127,10 @@ class LocalEngine(Encoder):
         """See Engine."""
         if isinstance(action, StartWorker):
             return self._start(action)
+        if isinstance(action, VacateSlot):
+            self._memory.vacate(int(action.slot))
+            self._crew.slots[action.slot].vacant = True
+            return []
         member = self._members.get(action.worker)
         if member is None:
             return []  # it is gone, and the scheduler is about to hear of it
@@ -225,6 +230,7 @@ class LocalEngine(Encoder):
     def _tidy_up(self) -> None:
         """Before this thread blocks: give back what died, so that nobody waits for it."""
         self._memory.table.collect()
+        self._memory.release_vacant()
         dropped = self._holder.take_dropped()
         for member in self._members.values():
             if dropped:

@@ -41,6 +41,10 @@ from tpool.tensors.storages import Sharing
 
 logger = logging.getLogger("tpool")
 
+RELEASE_SECONDS = 0.1
+"""So often at most the memory of slots without workers is looked at, which takes as long as there are live blocks.
+Longer: whoever waits for that memory might be told that there is no hope."""
+
 
 @dataclass(slots=True)
 class Settings:
@@ -113,7 +117,7 @@ class PoolMemory:
     """
 
     def __init__(self, settings: Settings, wait: Callable[[float], bool]) -> None:
-        self._settings = settings
+        self.settings = settings
         self.table = leases.table()
         self.began = monotonic()
         self.encodings = Encodings(settings.timeline) if settings.timeline else None
@@ -122,6 +126,8 @@ class PoolMemory:
         self._traces: list[Trace | None] = []
         self.owing: dict[Peer, None] = {}  # peers for whom give-backs are pending
         self.peers: list[Peer] = []
+        self._vacant: dict[int, int] = {}  # slots without a worker whose memory is in use, and in how many blocks
+        self._released_at = 0.0
         self._foreign: list[Arena] = []
         with contextlib.ExitStack() as undo:  # at the limit of descriptors or address space, leave nothing behind
             self._ledger = Ledger.create(1 + settings.processes, settings.memory_nbytes)
@@ -149,7 +155,7 @@ class PoolMemory:
             OSError: there are not descriptors or there is not address space enough; nothing has changed.
             ValueError: there is no room for so many.
         """
-        settings, slots = self._settings, range(len(self._slots), count)
+        settings, slots = self.settings, range(len(self._slots), count)
         if not slots:
             return
         with contextlib.ExitStack() as undo:
@@ -172,8 +178,33 @@ class PoolMemory:
         self._traces += traces
         self._slots += arenas
 
+    def vacate(self, slot: int) -> None:
+        """The slot's worker is gone and none follows: give back what it kept warm."""
+        self._vacant[slot] = -1
+        self._released_at = -RELEASE_SECONDS
+        self.release_vacant()
+
+    def release_vacant(self) -> None:
+        """Where a slot has no worker, nobody else gives back the memory of results that have died since."""
+        if not self._vacant or monotonic() < self._released_at + RELEASE_SECONDS:
+            return
+        for slot, known in list(self._vacant.items()):
+            arena = self._slots[slot]
+            blocks = self.table.live_blocks(self.peers[slot], arena)
+            if len(blocks) != known:
+                self._vacant[slot] = len(blocks)
+                allocator = Allocator(arena, self._ledger, slot + 1)
+                for offset, nbytes in blocks:
+                    allocator.reserve(offset, nbytes)
+                allocator.adopt()
+                allocator.trim()
+            if not blocks:
+                del self._vacant[slot]
+        self._released_at = monotonic()
+
     def outbox(self, slot: int) -> Outbox:
         """Our end of the outbox of the slot's next worker; its earlier one is gone, and its results were taken."""
+        self._vacant.pop(slot, None)
         bank, index = self._boxes[slot]
         outbox = bank.outbox(index)
         outbox.clear()
@@ -189,7 +220,7 @@ class PoolMemory:
 
     def hello(self, slot: int, number: int) -> tuple[bytes, tuple[int, ...]]:
         """The first message to a worker: body and descriptors."""
-        settings = self._settings
+        settings = self.settings
         inherited = settings.method == "fork"
         tracker_fd = None if inherited else _tracker_fd()
         current = multiprocessing.process.current_process()
