@@ -158,6 +158,7 @@ class PoolMemory:
         settings, slots = self.settings, range(len(self._slots), count)
         if not slots:
             return
+        self._ledger.grow(1 + count)  # which harms nobody if the rest fails
         with contextlib.ExitStack() as undo:
             bank = Outboxes.create(len(slots))
             undo.callback(bank.close)
@@ -171,7 +172,6 @@ class PoolMemory:
                 traces.append(trace)
                 if trace is not None:
                     undo.callback(trace.close)
-            self._ledger.grow(1 + count)
             undo.pop_all()
         self.peers += [Peer(f"slot {slot}", self.owing) for slot in slots]
         self._boxes += [(bank, index) for index in range(len(slots))]
