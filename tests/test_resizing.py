@@ -226,7 +226,7 @@ def test_new_workers_share_the_budget():
         (ValueError, r"at least 1 worker, not 0; close\(\) it", 0),
         (TypeError, "processes must be a number of workers, not None", None),
         (TypeError, "processes must be a number of workers, not True", True),
-        (ValueError, "this pool can grow to 1364 workers, not to 5000", 5000),
+        (ValueError, r"this pool can grow to \d+ workers, not to 5000", 5000),
     ],
 )
 def test_bad_sizes(error, match, size):
@@ -243,7 +243,7 @@ def test_without_room_nothing_changes():
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 3, hard))
         try:
-            with pytest.raises(OSError, match="Too many open files"):
+            with pytest.raises(tpool.PlatformError, match=r"no room for 20 workers.*Too many open files.*ulimit -n"):
                 pool.resize(20)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

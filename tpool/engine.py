@@ -143,7 +143,7 @@ class Engine(Protocol):
         By one thread at a time. Where nothing has to be made ready, there is nothing to do.
 
         Raises:
-            OSError: there is no room for them, and nothing has changed.
+            PlatformError: there is no room for them, and nothing has changed.
             ValueError: there never can be for so many.
         """
 

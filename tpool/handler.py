@@ -15,6 +15,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import logging
+import math
 import os
 import threading
 import warnings
@@ -107,6 +108,7 @@ class Handler:
         self._begun = threading.Event()
         self._ended = threading.Event()
         self.terminating = False  # nobody should be told that a worker was lost
+        self.terminated_at = math.inf
         self._last_words: Failure | SharedFailure | None = None  # what tasks without an outcome get, once known
         self.error: Failure | SharedFailure | None = None  # why the pool ended by itself
         self.workers_lost = 0
@@ -202,6 +204,7 @@ class Handler:
     def terminate(self) -> None:
         """Stop everything; returns at once."""
         self.terminating = True
+        self.terminated_at = min(self.terminated_at, monotonic())
         self.post(PoolTerminated(None))
 
     def join(self, timeout: float | None) -> bool:

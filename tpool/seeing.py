@@ -67,7 +67,7 @@ class Seen(Calls):
         """
         if self._handler.names is None:
             raise ValueError("this pool writes no timeline; make it with Pool(..., timeline=True)")
-        return collect_timeline(repr(self), self._handler, self._engine.look())
+        return collect_timeline(self._handler, self._engine.look())
 
     def _repr_html_(self) -> str:
         look = self._engine.look()

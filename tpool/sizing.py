@@ -45,7 +45,7 @@ class Sized:
             TypeError: it is no number.
             ValueError: it is less than 1, or more than the pool has room for.
             PoolEndedError: the pool takes no more work.
-            OSError: there are not enough descriptors, or is not enough address space, for so many; nothing changed.
+            PlatformError: there are not enough descriptors, or is not enough address space; nothing has changed.
         """
         options.check_new_size(processes)
         gate = self._gate

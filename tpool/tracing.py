@@ -21,11 +21,10 @@ __all__ = ["collect_timeline"]
 FEEDER = "tpool-feeder-"
 
 
-def collect_timeline(title: str, handler: Handler, look: Look) -> Timeline:
+def collect_timeline(handler: Handler, look: Look) -> Timeline:
     """What is known now; the pool goes on meanwhile.
 
     Args:
-        title: names the pool.
         handler: knows what the calls are.
         look: at the workers.
     """
@@ -35,13 +34,15 @@ def collect_timeline(title: str, handler: Handler, look: Look) -> Timeline:
         collector.add_worker(slot, records, gone, lives, running)
     encodings, gone = look.encodings()
     collector.add_encodings(encodings, gone)
-    return Timeline(title, collector.spans)
+    workers = len(collector.spans.workers())
+    return Timeline(f"tpool.Pool, {workers} worker{'s' if workers != 1 else ''}", collector.spans)
 
 
 class _Collector:
     def __init__(self, handler: Handler, began: float) -> None:
         self._names = handler.names or {}
         self._began = began
+        self._stopped = handler.terminated_at
         self._now = monotonic()
         self.spans = Spans()
 
@@ -69,7 +70,7 @@ class _Collector:
             self._add_unfinished(slot, running, self._now, "running")
         for life in lives:
             if life.cut is not None and life.ended is not None:
-                self._add_unfinished(slot, life.cut, life.ended, "lost")
+                self._add_unfinished(slot, life.cut, life.ended, "lost" if self._is_lost(life) else "stopped")
             self._add_life(slot, life)
 
     def _add_unfinished(self, slot: int, running: tuple[int, int, float], ended: float, fate: str) -> None:
@@ -81,8 +82,12 @@ class _Collector:
         zero, loss = self._began, life.loss
         why = failures.tell(loss) if isinstance(loss, WorkerLoss) else ""
         ready, ended = (None if time is None else time - zero for time in (life.ready, life.ended))
-        lost = isinstance(loss, WorkerLoss) and loss.exitcode != 0
-        self.spans.lives.append(LifeSpan(slot, life.pid, life.began - zero, ready, ended, why, lost))
+        self.spans.lives.append(LifeSpan(slot, life.pid, life.began - zero, ready, ended, why, self._is_lost(life)))
+
+    def _is_lost(self, life: Life) -> bool:
+        """It did not leave by itself, nor with its pool."""
+        ended, loss = life.ended, life.loss
+        return ended is not None and ended < self._stopped and isinstance(loss, WorkerLoss) and loss.exitcode != 0
 
     def add_encodings(self, encodings: Iterable[Encoding], gone: int) -> None:
         """What the caller's threads did. Each stream has a feeder; those that do not overlap share a lane."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tpool.errors import PlatformError
 from tpool.local import wire
 from tpool.local.crew import Crew, SlotRecord
 from tpool.local.hunger import Hunger
@@ -55,7 +56,13 @@ class Encoder:
 
     def make_room(self, processes: int) -> None:
         """See Engine."""
-        self._memory.grow(processes)
+        try:
+            self._memory.grow(processes)
+        except (OSError, PlatformError) as error:
+            raise PlatformError(
+                f"there is no room for {processes} workers, so nothing was changed ({error}); raise the limits of"
+                " descriptors (ulimit -n) and of address space (ulimit -v)"
+            ) from error
         slots = self._crew.slots
         slots += [SlotRecord(trace=self._memory.trace(slot)) for slot in range(len(slots), processes)]
         self._memory.settings.processes = processes

@@ -92,7 +92,7 @@ class Ledger:
         room = (len(self._words) - _HEADER_WORDS) // _WORDS_EACH
         if counters > room:
             raise ValueError(
-                f"a pool that was made smaller can grow to {room - 1} workers at most, not {counters - 1}"
+                f"this pool can grow to {room - 1} workers, not to {counters - 1}; make a new one for more"
             )
         self._words[1] = counters
         self._look()

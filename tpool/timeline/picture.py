@@ -16,16 +16,17 @@ from tpool.timeline.spans import EncodeSpan, LifeSpan, Spans, TaskSpan
 
 __all__ = ["html_page", "svg_picture"]
 
-WIDTH, LEFT, RIGHT = 1200, 118, 126
+WIDTH, LEFT, RIGHT = 1200, 118, 152
 LANE, GAP, TOP = 28, 8, 62
 PLOT = WIDTH - LEFT - RIGHT
 # Colours that people with any colour vision tell apart (Okabe and Ito 2008), but for the two of the transfers.
-COLOURS = ("#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7f6fb0", "#5b8c2a", "#8c564b")
+COLOURS = ("#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#7f6fb0", "#5b8c2a", "#8c564b", "#3d4f5f")
 OTHERS = "#7a8794"
 RECEIVE, SEND, ENCODE = "#f0b429", "#e0622f", "#b8860b"
 LOST, BACK, START = "#c0143c", "#eef1f5", "#d5dbe4"
 FONT = "font-family='system-ui, -apple-system, Segoe UI, DejaVu Sans, sans-serif'"
 CALLS_NAMED = 25
+MARGIN = 0.05  # the most that there is before the first task, as a share of the time that tasks ran
 LABEL_WIDTH = 6.4  # of a letter, about
 
 
@@ -64,7 +65,7 @@ def html_page(title: str, svg: str) -> str:
 
 
 class Scale:
-    """From seconds to pixels: what was done fills the width; the start of the workers only if nothing else was.
+    """From seconds to pixels: the tasks fill the width; what was before them only if nothing else was.
 
     Attributes:
         first, last: the seconds at both ends.
@@ -72,6 +73,11 @@ class Scale:
 
     def __init__(self, spans: Spans) -> None:
         times = [(span.began, span.ended) for some in (spans.tasks, spans.encodings) for span in some]
+        if spans.tasks:
+            # What was encoded while the workers were only starting would take all the width, and shows nothing.
+            began, ended = min(task.began for task in spans.tasks), max(task.ended for task in spans.tasks)
+            margin = (ended - began) * MARGIN
+            times = [(max(first, began - margin), last) for first, last in times if last > began - margin]
         times = times or [(life.began, life.ended or life.ready or life.began) for life in spans.lives] or [(0.0, 1.0)]
         self.first = min(began for began, _ in times)
         self.last = max(max(ended for _, ended in times), self.first + 1e-6)

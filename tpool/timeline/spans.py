@@ -21,7 +21,7 @@ class TaskSpan(NamedTuple):
         ended: the result was encoded; for a task without one, the end of the worker or of the timeline.
         received_nbytes: of the arguments, by handle and by copy.
         sent_nbytes: of the result.
-        fate: empty; or ``running``, or ``lost`` with its worker.
+        fate: empty; or ``running``, or ``lost`` with its worker, or ``stopped`` with the pool.
     """
 
     worker: int
@@ -78,7 +78,7 @@ class LifeSpan(NamedTuple):
         ready: it could take tasks; None if it never could.
         ended: it was gone; None if it is there.
         why: it is gone, in words.
-        lost: it did not leave by itself.
+        lost: it was killed or died; not where the whole pool was terminated.
     """
 
     worker: int
