@@ -543,3 +543,13 @@ def wait_and_kill_self(path):
 def has_trace():
     """Whether this worker writes down what it does."""
     return "tpool-trace" in Path("/proc/self/maps").read_text()
+
+
+def uses_cuda(_=None):
+    return torch.cuda.is_initialized()
+
+
+def reserve_on_gpu(nbytes):
+    """The task's tensor dies with it; the allocator keeps its memory."""
+    torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+    return os.getpid()

@@ -150,14 +150,17 @@ def test_a_trace_goes_round_and_leaves_out_what_is_torn():
     trace = Trace.create(10)
     capacity = trace.capacity
     for number in range(capacity + 5):
-        trace.note(1, number, 1.0 + number, 1.1 + number, 1.2 + number, 1.3 + number, 0, 0)
+        trace.begin(1, number, 1.0 + number)
+        trace.end(1.3 + number, 1.1 + number, 1.2 + number, 0, 0)
     records, gone = trace.read()
     # The place that may be written next is not trusted.
     assert [record.task for record in records] == list(range(6, capacity + 5))
     assert gone == 6
-    trace.note(1, 0, 5.0, 4.0, 6.0, 7.0, 0, 0)
+    trace.begin(1, 0, 5.0)
+    trace.end(7.0, 4.0, 6.0, 0, 0)
     assert len(trace.read()[0]) == len(records) - 1
     trace.begin(1, 99, 100.0)
+    trace.note_definitions(100.1, 100.2, 5)
     assert trace.take_running() == (1, 99, 100.0)
     assert trace.running() is None
     trace.close()

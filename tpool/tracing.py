@@ -60,7 +60,7 @@ class _Collector:
         """One place in the pool."""
         self.spans.dropped += gone
         zero = self._began
-        for job, index, began, decoded, ran, ended, came, sent in records:
+        for job, index, began, ended, decoded, ran, came, sent in records:
             if job == DEFINITIONS:
                 self.spans.readings.append(ReadSpan(slot, began - zero, ended - zero, came))
                 continue

@@ -100,7 +100,8 @@ class Encoder:
             self._patience.set_patience(patient)
             encoded = self._codec.dumps(obj)
         if encodings is not None:
-            encodings.note(began, monotonic(), wire.carried_nbytes(encoded))
+            nbytes = len(encoded) if type(encoded) is bytes else wire.carried_nbytes(encoded)
+            encodings.note(began, monotonic(), nbytes)
         return encoded
 
     def encode_call(self, function: Any, args: tuple[Any, ...], kwds: dict[str, Any]) -> Payload | bytes:
@@ -110,7 +111,8 @@ class Encoder:
         began = 0.0 if encodings is None else monotonic()
         encoded = self._codec.dumps_call(function, args, kwds)
         if encodings is not None:
-            encodings.note(began, monotonic(), wire.carried_nbytes(encoded))
+            nbytes = len(encoded) if type(encoded) is bytes else wire.carried_nbytes(encoded)
+            encodings.note(began, monotonic(), nbytes)
         return encoded
 
     def encoded_nbytes(self, encoded: Payload | bytes) -> int:

@@ -18,6 +18,13 @@ class Encoding(NamedTuple):
     nbytes: int
 
 
+class _Here(threading.local):
+    """The present thread's name, as it was when it first encoded something."""
+
+    def __init__(self) -> None:
+        self.name = threading.current_thread().name
+
+
 class Encodings:
     """The latest; any thread adds, in one step.
 
@@ -26,15 +33,17 @@ class Encodings:
     """
 
     def __init__(self, capacity: int) -> None:
-        self._kept: deque[Encoding] = deque(maxlen=capacity)
+        # Plain tuples, as of Encoding: that takes a third of the time to make one.
+        self._kept: deque[tuple[str, float, float, int]] = deque(maxlen=capacity)
+        self._here = _Here()
         self._count = 0  # may miss some where threads add at once; it only tells that there were more
 
     def note(self, began: float, ended: float, nbytes: int) -> None:
         """This thread has encoded something."""
-        self._kept.append(Encoding(threading.current_thread().name, began, ended, nbytes))
+        self._kept.append((self._here.name, began, ended, nbytes))
         self._count += 1
 
     def read(self) -> tuple[list[Encoding], int]:
         """What is kept, and how many older ones are gone."""
-        kept = self._kept.copy()
-        return list(kept), max(0, self._count - len(kept))
+        kept = [Encoding._make(entry) for entry in self._kept.copy()]
+        return kept, max(0, self._count - len(kept))

@@ -4,7 +4,9 @@ The worker writes, and overwrites the oldest; nobody is told, and the parent rea
 record costs the worker a few stores and the parent nothing, and what a killed worker did stays readable, up to the
 task that it was killed in::
 
-    | count u64 | running: job u64, index u64, began f64 | ... up to 64 bytes | capacity x record of 64 bytes |
+    | count u64 | ... up to 64 bytes | capacity x record of 64 bytes |
+
+The first half of a record is written when a task begins, with no end; the rest when it ends, and then the count.
 
 One trace for each slot, whose workers write one after the other. All times are seconds of CLOCK_MONOTONIC, which is
 one clock for all processes of a machine.
@@ -23,11 +25,12 @@ __all__ = ["DEFINITIONS", "Record", "Trace"]
 DEFINITIONS = 0
 """Stands for a job where a worker read what functions of the caller's script need; jobs count from 1."""
 
-# job, index, began, decoded, ran, ended, nbytes that came, nbytes sent
+# job, index, began, ended; then decoded, ran, nbytes that came, nbytes sent. The end is written with both.
+_HEAD = struct.Struct("<QQdd")
+_REST = struct.Struct("<dddQQ")
+_REST_AT = 24
 _RECORD = struct.Struct("<QQddddQQ")
 _HEADER_NBYTES = 64
-_RUNNING = struct.Struct("<QQd")
-_RUNNING_AT = 8
 
 
 class Record(NamedTuple):
@@ -36,9 +39,9 @@ class Record(NamedTuple):
     job: int
     task: int
     began: float
+    ended: float
     decoded: float
     ran: float
-    ended: float
     came_nbytes: int
     sent_nbytes: int
 
@@ -51,7 +54,7 @@ class Trace:
         capacity: how many records it keeps.
     """
 
-    __slots__ = ("_count", "_view", "_words", "capacity", "fd")
+    __slots__ = ("_at", "_count", "_view", "_words", "capacity", "fd")
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -64,6 +67,10 @@ class Trace:
         self.capacity = (nbytes - _HEADER_NBYTES) // _RECORD.size
         self._words = self._view[:8].cast("Q")
         self._count: int = self._words[0]
+        self._at = self._place(self._count)
+
+    def _place(self, number: int) -> int:
+        return _HEADER_NBYTES + number % self.capacity * _RECORD.size
 
     @classmethod
     def create(cls, capacity: int) -> Trace:
@@ -88,28 +95,20 @@ class Trace:
 
     def begin(self, job: int, index: int, now: float) -> None:
         """A task begins."""
-        _RUNNING.pack_into(self._view, _RUNNING_AT, job, index, now)
+        _HEAD.pack_into(self._view, self._at, job, index, now, 0.0)
 
-    def note(
-        self,
-        job: int,
-        index: int,
-        began: float,
-        decoded: float,
-        ran: float,
-        ended: float,
-        came_nbytes: int,
-        sent_nbytes: int,
-    ) -> None:
-        """A task has ended; see Record."""
-        count = self._count
-        at = _HEADER_NBYTES + count % self.capacity * 64
-        _RECORD.pack_into(self._view, at, job, index, began, decoded, ran, ended, came_nbytes, sent_nbytes)
-        self._count = self._words[0] = count + 1
+    def end(self, now: float, decoded: float, ran: float, came_nbytes: int, sent_nbytes: int) -> None:
+        """The task that was begun has ended; see Record."""
+        _REST.pack_into(self._view, self._at + _REST_AT, now, decoded, ran, came_nbytes, sent_nbytes)
+        self._count = count = self._count + 1
+        self._at = _HEADER_NBYTES + count % self.capacity * 64
+        self._words[0] = count
 
     def note_definitions(self, began: float, ended: float, nbytes: int) -> None:
-        """Definitions were read, between two tasks."""
-        self.note(DEFINITIONS, 0, began, ended, ended, ended, nbytes, 0)
+        """Definitions were read. What is read while a task waits for memory is a part of that task."""
+        if self.running() is None:
+            self.begin(DEFINITIONS, 0, began)
+            self.end(ended, ended, ended, nbytes, 0)
 
     # The parent -----------------------------------------------------------------------------------------------------
 
@@ -122,7 +121,7 @@ class Trace:
         first = max(first, last + 1 - self.capacity) if last >= self.capacity else first
         records = []
         for number in range(first, last):
-            record = Record._make(_RECORD.unpack_from(copy, number % self.capacity * 64))
+            record = Record._make(_RECORD.unpack_from(copy, self._place(number) - _HEADER_NBYTES))
             # Stores may be seen out of order on some processors; a record that was not all there is left out.
             if 0.0 < record.began <= record.decoded <= record.ran <= record.ended:
                 records.append(record)
@@ -130,19 +129,11 @@ class Trace:
 
     def running(self) -> tuple[int, int, float] | None:
         """The (job, index, when it began) of the task that was begun and has not ended; None if there is none."""
-        job, index, began = _RUNNING.unpack_from(self._view, _RUNNING_AT)
-        count = self._words[0]
-        if not began:
-            return None
-        if count:
-            at = _HEADER_NBYTES + (count - 1) % self.capacity * 64
-            latest = Record._make(_RECORD.unpack_from(self._view, at))
-            if latest.began >= began:
-                return None
-        return job, index, began
+        job, index, began, ended = _HEAD.unpack_from(self._view, self._place(self._words[0]))
+        return (job, index, began) if began and not ended else None
 
     def take_running(self) -> tuple[int, int, float] | None:
         """The same of a worker that is gone; the next one does not run it."""
         running = self.running()
-        _RUNNING.pack_into(self._view, _RUNNING_AT, 0, 0, 0.0)
+        _HEAD.pack_into(self._view, self._place(self._words[0]), 0, 0, 0.0, 0.0)
         return running

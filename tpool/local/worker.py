@@ -282,7 +282,7 @@ class Worker:
         started = marks.decoded = marks.ran = monotonic()
         if trace is not None:
             trace.begin(job, index, started)
-            came_nbytes = wire.carried_nbytes(received)
+            came_nbytes = len(received) if type(received) is bytes else wire.carried_nbytes(received)
         tb = ""
         kind = Kind.RESULT
         try:
@@ -304,8 +304,8 @@ class Worker:
         # Before the reply: who has the result can ask for these numbers. One writer, so this need not be atomic.
         self._outbox.transferred[0] += marks.decoded - started + finished - marks.ran
         if trace is not None:
-            sent_nbytes = wire.carried_nbytes(payload)
-            trace.note(job, index, started, marks.decoded, marks.ran, finished, came_nbytes, sent_nbytes)
+            sent_nbytes = len(payload) if type(payload) is bytes else wire.carried_nbytes(payload)
+            trace.end(finished, marks.decoded, marks.ran, came_nbytes, sent_nbytes)
         if type(payload) is bytes and self._tasks and self._leave(job, index, seconds, payload):
             return
         text = tb.encode(errors="backslashreplace")

@@ -42,7 +42,7 @@ def svg_picture(title: str, spans: Spans) -> str:
     threads, workers = spans.threads(), spans.workers()
     scale = Scale(spans)
     bottom = TOP + (len(threads) + len(workers)) * (LANE + GAP)
-    height = bottom + 44 + 22 * -(-(min(len(counts), CALLS_NAMED) + 3) // 4)
+    height = bottom + 44 + 22 * -(-(min(len(counts), CALLS_NAMED) + 4) // 4)
     parts = [
         f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {WIDTH} {height}' width='{WIDTH}' height='{height}' "
         f"style='max-width:100%;height:auto' {FONT} font-size='12'>",
@@ -51,7 +51,7 @@ def svg_picture(title: str, spans: Spans) -> str:
         _text(16, 46, _summary(spans, scale), "fill='#5a6775'"),
         *_axis(scale, bottom),
         *_lanes(spans, threads, workers, colours, scale),
-        *_legend(bottom + 34, colours, counts),
+        *_legend(bottom + 34, colours, counts, any(task.fate == "lost" for task in spans.tasks)),
         "</svg>",
     ]
     return "\n".join(parts)
@@ -219,8 +219,10 @@ def _columns(columns: Columns, y: int) -> Iterator[str]:
         yield _rect(x, y + LANE * (1 - before) - height, width, height, colour)
 
 
-def _legend(y: int, colours: dict[str, str], counts: Counter[str]) -> Iterator[str]:
+def _legend(y: int, colours: dict[str, str], counts: Counter[str], lost: bool) -> Iterator[str]:
     entries = [(colour, f"{_short(call, 26)} ({counts[call]:,})") for call, colour in colours.items()][:CALLS_NAMED]
+    if lost:
+        entries.append((LOST, "lost with its worker"))
     entries += [(RECEIVE, "receive: decode"), (SEND, "send: encode the result"), (ENCODE, "encode in the caller")]
     for number, (colour, text) in enumerate(entries):
         x, row = LEFT + number % 4 * 250, y + number // 4 * 22
