@@ -99,7 +99,7 @@ class Pool(StreamCalls, BatchCalls, Sized, Seen):
             handlers and level.
         timeline: True: write down when each task and transfer began and ended, for ``timeline()``. What is kept are
             the latest 65,536 tasks of each worker, in 4 MB of shared memory each (beyond ``memory``) that is used as
-            they come, and as many things that the caller encoded; or as many as this number says.
+            they come, and as many of what the caller encoded; or as many as this number says.
 
     ``timeout``, ``retries`` and ``retry_on`` can be given to each call, too, which then go before these.
 

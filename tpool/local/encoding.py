@@ -23,6 +23,10 @@ from tpool.tensors.storages import Sharing
 
 __all__ = ["Encoder"]
 
+NOTED_NBYTES = 1024
+"""What becomes less than this, and needs nothing but pickle, is left out of timelines: it takes a microsecond or two,
+and to write it down would cost a third of that and push what is worth seeing out of what is kept."""
+
 
 class Encoder:
     """The part of ``tpool.engine.Engine`` that encodes and makes room; any thread may call.
@@ -78,7 +82,11 @@ class Encoder:
 
     def _hold(self, share: bool, obj: object) -> HeldObject:
         self._patience.set_patience(None)
-        return self._holder.hold(self._codec.dumps(obj, sharing="share" if share else None))
+        began = monotonic()
+        encoded = self._codec.dumps(obj, sharing="share" if share else None)
+        if self._encodings is not None:
+            self._encodings.note(began, monotonic(), wire.carried_nbytes(encoded))
+        return self._holder.hold(encoded)
 
     def empty(self, size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """See Engine."""
@@ -99,9 +107,8 @@ class Encoder:
         if encoded is None:
             self._patience.set_patience(patient)
             encoded = self._codec.dumps(obj)
-        if encodings is not None:
-            nbytes = len(encoded) if type(encoded) is bytes else wire.carried_nbytes(encoded)
-            encodings.note(began, monotonic(), nbytes)
+        if encodings is not None and (type(encoded) is not bytes or len(encoded) >= NOTED_NBYTES):
+            encodings.note(began, monotonic(), wire.carried_nbytes(encoded))
         return encoded
 
     def encode_call(self, function: Any, args: tuple[Any, ...], kwds: dict[str, Any]) -> Payload | bytes:
@@ -110,9 +117,8 @@ class Encoder:
         encodings = self._encodings
         began = 0.0 if encodings is None else monotonic()
         encoded = self._codec.dumps_call(function, args, kwds)
-        if encodings is not None:
-            nbytes = len(encoded) if type(encoded) is bytes else wire.carried_nbytes(encoded)
-            encodings.note(began, monotonic(), nbytes)
+        if encodings is not None and (type(encoded) is not bytes or len(encoded) >= NOTED_NBYTES):
+            encodings.note(began, monotonic(), wire.carried_nbytes(encoded))
         return encoded
 
     def encoded_nbytes(self, encoded: Payload | bytes) -> int:

@@ -21,7 +21,8 @@ class Timeline:
         title: the pool, in a line.
         tasks: each task in its worker, in order of their beginning; a chunk of a ``map`` counts once.
         readings: what workers read between tasks, that functions of a script need.
-        encodings: what the caller's threads encoded for the workers.
+        encodings: what the caller's threads encoded for the workers; without plain values that became less than a
+            kilobyte, which takes a microsecond or two.
         lives: the worker processes.
         dropped: how many older events are not in it, as no more were kept.
     """
