@@ -57,7 +57,6 @@ ROWS = [
     ],
     [
         "tpool.local.crew",
-        "tpool.local.outcomes",
         "tpool.local.wire",
         "tpool.local.lifetime",
         "tpool.local.logs",
@@ -65,6 +64,7 @@ ROWS = [
     ],
     ["tpool.local.identity"],
     ["tpool.local.calls"],
+    ["tpool.local.outcomes"],
     ["tpool.local.worker"],
     ["tpool.local.process"],
     ["tpool.local.zygote"],

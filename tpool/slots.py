@@ -57,7 +57,7 @@ class Slots:
     @property
     def awaits_lent(self) -> bool:
         """Whether somebody who is to leave is lent."""
-        return any(worker.state is WorkerState.LENT for worker in self._leaving)
+        return bool(self._leaving) and any(worker.state is WorkerState.LENT for worker in self._leaving)
 
     def get(self, worker_id: WorkerId, story: str) -> Worker:
         """The worker of that id; a ProtocolError tells the story if there is none."""

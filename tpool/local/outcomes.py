@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import traceback
+from time import monotonic
 
 from tpool.errors import MaybeEncodingError, TpoolError
+from tpool.local.calls import Marks
 from tpool.local.story import format_remote, safe_repr
 from tpool.tensors.payload import Payload
 from tpool.tensors.pickler import Codec
@@ -13,13 +15,19 @@ from tpool.tensors.plain import dumps_plain
 __all__ = ["encode_error", "encode_value"]
 
 
-def encode_value(codec: Codec, value: object) -> Payload | bytes:
+def encode_value(codec: Codec, value: object, marks: Marks) -> Payload | bytes:
     """A value, as a plain stream where that is enough.
+
+    Args:
+        codec: pickles.
+        value: what the task has just returned.
+        marks: is told so.
 
     Raises:
         TpoolError: it cannot travel.
         MaybeEncodingError: pickling it raised.
     """
+    marks.ran = monotonic()
     try:
         stream = dumps_plain(value)
         return codec.dumps(value) if stream is None else stream

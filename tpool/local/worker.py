@@ -286,7 +286,7 @@ class Worker:
         tb = ""
         kind = Kind.RESULT
         try:
-            payload = self._encode_value(self._call(job, received))
+            payload = encode_value(self._codec, self._call(job, received), marks)
             status = _VALUE
         except BaseException as error:
             marks.fail(started)
@@ -325,10 +325,6 @@ class Worker:
         known = self._jobs.get(job)
         call = apply_call if known is None else known.call
         return call(self._codec, received, self._marks)
-
-    def _encode_value(self, value: Any) -> Payload | bytes:
-        self._marks.ran = monotonic()
-        return encode_value(self._codec, value)
 
     # Replying ------------------------------------------------------------------------------------------------------
 
