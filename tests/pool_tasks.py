@@ -480,3 +480,76 @@ def log_exception(text):
         raise ZeroDivisionError
     except ZeroDivisionError:
         logging.getLogger("experiment").exception(text)
+
+
+def meet(folder, count):
+    """Wait until so many workers are in here at once; gives the worker's pid."""
+    (Path(folder) / str(os.getpid())).touch()
+    while len(list(Path(folder).iterdir())) < count:
+        time.sleep(0.005)
+    return os.getpid()
+
+
+class SlowToTravel:
+    """Takes so many seconds to be pickled in a worker, and to be unpickled anywhere."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def __reduce__(self):
+        if tpool.get_worker_info() is not None:
+            time.sleep(self.seconds)
+        return make_slow_to_travel, (self.seconds,)
+
+
+def make_slow_to_travel(seconds):
+    if tpool.get_worker_info() is not None:
+        time.sleep(seconds)
+    return SlowToTravel(seconds)
+
+
+def stand_in_for_cuda(step):
+    """In a worker: torch's allocator seems to reserve so many bytes more with each task."""
+    reserved = {0: 0, 1: 0}
+    state = tpool.get_worker_info().state
+    state.reserved, state.step = reserved, step
+    torch.cuda.is_initialized = lambda: True
+    torch.cuda.device_count = lambda: len(reserved)
+    torch.cuda.memory_reserved = reserved.__getitem__
+
+
+def reserve_more(device):
+    """Gives the pid."""
+    state = tpool.get_worker_info().state
+    state.reserved[device] += state.step
+    return os.getpid()
+
+
+def info_and_threads(_=None):
+    info = tpool.get_worker_info()
+    return info.id, info.num_workers, torch.get_num_threads(), info.device
+
+
+def fail_if_exists(path):
+    if os.path.exists(path):
+        raise ValueError("bad")
+
+
+def wait_and_kill_self(path):
+    wait_for_file(path)
+    kill_self()
+
+
+def has_trace():
+    """Whether this worker writes down what it does."""
+    return "tpool-trace" in Path("/proc/self/maps").read_text()
+
+
+def uses_cuda(_=None):
+    return torch.cuda.is_initialized()
+
+
+def reserve_on_gpu(nbytes):
+    """The task's tensor dies with it; the allocator keeps its memory."""
+    torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+    return os.getpid()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
+import pool_tasks as tasks
 import pytest
 import torch
 import torch.multiprocessing.reductions as torch_reductions
@@ -182,3 +183,9 @@ class TestOnGpu:
             assert len(set(pids)) == 3
             del results
             wait_until(lambda: all(process_info(pid) is None for pid in pids), DEADLINE)
+
+    def test_a_worker_that_reserves_too_much_is_replaced(self) -> None:
+        with tpool.Pool(1, max_cuda_memory="300MB") as pool:
+            pids = pool.map(tasks.reserve_on_gpu, [10**8, 10**8, 4 * 10**8, 10**8], chunksize=1)
+            assert pids[0] == pids[1] == pids[2] != pids[3]
+            assert "its CUDA memory of" in pool.stats().workers[0].losses[0]

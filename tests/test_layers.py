@@ -15,7 +15,7 @@ ROWS = [
     ["tpool.messages"],
     ["tpool.deadlines", "tpool.limits", "tpool.roster"],
     ["tpool.dispatch"],
-    ["tpool.jobs"],
+    ["tpool.jobs", "tpool.slots"],
     ["tpool.killing"],
     ["tpool.scheduler"],
     ["tpool.tensors.budget", "tpool.tensors.memfd", "tpool.tensors.forks"],
@@ -43,8 +43,9 @@ ROWS = [
     [
         "tpool.local.cpus",
         "tpool.local.channel",
-        "tpool.local.crew",
+        "tpool.local.encodings",
         "tpool.local.outbox",
+        "tpool.local.trace",
         "tpool.local.retirement",
         "tpool.local.stacks",
         "tpool.local.answers",
@@ -55,9 +56,16 @@ ROWS = [
         "tpool.local.story",
         "tpool.local.weight",
     ],
-    ["tpool.local.wire", "tpool.local.lifetime", "tpool.local.logs", "tpool.local.seat"],
+    [
+        "tpool.local.crew",
+        "tpool.local.wire",
+        "tpool.local.lifetime",
+        "tpool.local.logs",
+        "tpool.local.seat",
+    ],
     ["tpool.local.identity"],
     ["tpool.local.calls"],
+    ["tpool.local.outcomes"],
     ["tpool.local.worker"],
     ["tpool.local.process"],
     ["tpool.local.zygote"],
@@ -71,26 +79,29 @@ ROWS = [
     ["tpool.local.encoding", "tpool.local.lending"],
     ["tpool.local.looks"],
     ["tpool.local.engine"],
+    ["tpool.timeline.columns", "tpool.timeline.spans"],
+    ["tpool.timeline.chrome", "tpool.timeline.picture"],
+    ["tpool.timeline.timeline"],
     ["tpool.results", "tpool.stats"],
     ["tpool.failures", "tpool.loops"],
     ["tpool.futures", "tpool.streams"],
     ["tpool.map_result"],
     ["tpool.progress"],
     ["tpool.handler"],
-    ["tpool.direct", "tpool.feeder", "tpool.gate", "tpool.report"],
+    ["tpool.direct", "tpool.feeder", "tpool.gate", "tpool.report", "tpool.tracing"],
     ["tpool.opening"],
     ["tpool.options"],
     ["tpool.executor", "tpool.maps"],
     ["tpool.imaps", "tpool.memory"],
-    ["tpool.batches", "tpool.seeing"],
+    ["tpool.batches", "tpool.seeing", "tpool.sizing"],
     ["tpool.pool"],
     ["tpool"],
 ]
 ROW_OF = {name: number for number, row in enumerate(ROWS) for name in row}
-PACKAGES = {"tpool.tensors", "tpool.local"}
+PACKAGES = {"tpool.tensors", "tpool.local", "tpool.timeline"}
 # What a pure module may not touch.
 IMPURE = {"os", "time", "threading", "torch", "logging", "socket", "select", "multiprocessing"}
-PURE_NAMES = ["errors", "messages", "deadlines", "roster", "dispatch", "jobs", "killing", "scheduler"]
+PURE_NAMES = ["errors", "messages", "deadlines", "roster", "dispatch", "jobs", "killing", "slots", "scheduler"]
 PURE = [f"tpool.{name}" for name in PURE_NAMES]
 
 

@@ -52,7 +52,7 @@ def test_what_is_no_ledger_is_refused_and_closed() -> None:
 
 def test_more_counters_than_fit_are_refused() -> None:
     ledger = Ledger.create(1, 1)
-    ledger._words[1] = 1000
+    ledger._words[1] = 4000
     with pytest.raises(ProtocolError):
         Ledger.attach(os.dup(ledger.fd))
     ledger.close()

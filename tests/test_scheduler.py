@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tpool import deadlines, dispatch, jobs, killing, roster, scheduler
+from tpool import deadlines, dispatch, jobs, killing, roster, scheduler, slots
 from tpool.dispatch import AHEAD_SECONDS, MAX_BATCH, RECALL_SECONDS
 from tpool.errors import ProtocolError
 from tpool.messages import (
@@ -22,6 +22,7 @@ from tpool.messages import (
     PoolClosed,
     PoolTerminated,
     RecallSettled,
+    Resized,
     Rules,
     Task,
     TaskFaltered,
@@ -37,7 +38,7 @@ from tpool.messages import (
 )
 from tpool.scheduler import MAX_START_FAILURES, START_GRACE_SECONDS, Scheduler
 
-PARTS = [scheduler, killing, jobs, dispatch, roster, deadlines]
+PARTS = [scheduler, slots, killing, jobs, dispatch, roster, deadlines]
 
 FAST = 1e-6
 HALF = MAX_BATCH // 2  # what travels in one message of fast tasks
@@ -112,6 +113,9 @@ class World:
 
     def time_passes(self, seconds: float) -> list[tuple[Any, ...]]:
         return self.say(TimePassed(), after=seconds)
+
+    def resize(self, processes: int) -> list[tuple[Any, ...]]:
+        return self.say(Resized(processes))
 
     def recalled(self, worker: int, count: int) -> list[tuple[Any, ...]]:
         self.held[worker] = self.held[worker][: len(self.held[worker]) - count]
@@ -790,6 +794,80 @@ class TestCancelAndKill:
         assert jobs[0] == 0
         assert set(jobs[1:]) == {1}
         return world
+
+
+class TestResizing:
+    def test_growing_starts_workers_at_once(self) -> None:
+        world = World(1)
+        assert world.resize(3) == [("StartWorker", 1, 1), ("StartWorker", 2, 2)]
+        assert world.resize(3) == []
+
+    def test_the_idle_go_first_and_leave_an_empty_place(self) -> None:
+        world = World(3)
+        world.open(1, tasks=1)
+        assert world.held.keys() == {0}
+        world.open(2, tasks=1)
+        assert world.resize(1) == [("RetireWorker", 2)]  # and of the busy who has the highest place:
+        assert world.finish(1) == [("ResolveTasks", [((2, 0), "result")]), ("RetireWorker", 1)]
+        assert world.exit(2) == [("VacateSlot", 2)]
+        assert world.exit(1) == [("VacateSlot", 1)]
+        assert sent(world.submit(1, 2)) == []
+        assert sent(world.finish(0)) == [(0, 1)]
+
+    def test_what_a_busy_one_has_not_begun_goes_back_to_its_place(self) -> None:
+        world = World(2)
+        world.learn(1, FAST)
+        world.submit(1, 4 * MAX_BATCH)
+        held = [(task.job, task.index) for task in world.held[1]]
+        assert world.resize(1) == [("RecallTasks", 1)]
+        actions = world.recalled(1, len(held) - 1)
+        assert not named(actions, "SendTasks", "RetireWorker")
+        assert world.settled(1) == []
+        assert named(world.finish(1, seconds=FAST), "RetireWorker", "SendTasks") == [("RetireWorker", 1)]
+        messages = named(world.finish(0, len(world.held[0]), seconds=FAST), "SendTasks")
+        assert messages[0][2][0] == held[1]
+
+    def test_one_that_starts_goes_before_one_that_works(self) -> None:
+        world = World(2, ready=False)
+        world.ready(0)
+        world.open(1, tasks=1)
+        assert world.resize(1) == []
+        assert world.ready(1) == [("RetireWorker", 1)]
+
+    def test_a_lent_one_is_wanted_back(self) -> None:
+        world = World(2)
+        world.open(1, tasks=1)
+        assert world.say(LoanWanted()) == [("LendWorker", 1)]
+        assert not world.scheduler.wants_workers
+        world.resize(1)
+        assert world.scheduler.wants_workers
+        assert world.say(WorkerReturned(WorkerId(1))) == [("RetireWorker", 1)]
+
+    def test_who_was_to_leave_may_stay(self) -> None:
+        world = World(2)
+        world.open(1, tasks=2)
+        world.resize(1)
+        assert world.resize(2) == []
+        assert sent(world.submit(1, 2)) == []
+        assert sent(world.finish(1)) == [(1, 1)]
+
+    def test_a_place_whose_worker_is_retiring_gets_the_next_one(self) -> None:
+        world = World(2)
+        assert world.resize(1) == [("RetireWorker", 1)]
+        assert world.resize(2) == []
+        assert world.exit(1) == [("StartWorker", 2, 1)]
+
+    def test_a_lost_worker_that_was_to_leave_is_not_replaced(self) -> None:
+        world = World(2)
+        world.open(1, tasks=2)
+        world.resize(1)
+        assert world.exit(1) == [("FailTask", (1, 1), "lost"), ("VacateSlot", 1)]
+        assert named(world.exit(0), "StartWorker") == [("StartWorker", 2, 0)]
+
+    def test_after_the_end_nothing_changes(self) -> None:
+        world = World(1)
+        world.say(PoolTerminated("cause"))
+        assert world.resize(3) == []
 
 
 class TestTheEnd:

@@ -37,6 +37,7 @@ from tpool.messages import (
     PoolTerminated,
     RecallSettled,
     RecallTasks,
+    Resized,
     ResolveTasks,
     RetireWorker,
     RetryTask,
@@ -50,6 +51,7 @@ from tpool.messages import (
     TasksSubmitted,
     TimedOut,
     TimePassed,
+    VacateSlot,
     WorkerBecameReady,
     WorkerExited,
     WorkerId,
@@ -117,6 +119,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def begin(self, processes: int, max_tasks: int | None, not_ready: bool, peace: int, pace: float) -> None:
         self.peace = peace  # for so many steps nobody ends the pool, so that something can happen first
         self.processes, self.max_tasks = processes, max_tasks
+        self.kept = set(range(processes))  # slots that have a worker, or get the next one
+        self.leaving: list[ModelWorker] = []  # of the other slots, in the order in which they were to leave
         self.scheduler = Scheduler(processes, max_tasks)
         self.now = self.said_at = 0.0
         self.workers: dict[int, ModelWorker] = {}
@@ -183,7 +187,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def do_StartWorker(self, action: StartWorker) -> None:
         assert action.worker not in {worker.id for worker in self.gone} | set(self.workers), "an id was used again"
-        assert 0 <= action.slot < self.processes
+        assert action.slot in self.kept, "more workers than there should be"
         assert action.slot not in {worker.slot for worker in self.workers.values()}, "the slot is taken"
         assert not self.over(), "something starts after the end"
         self.workers[action.worker] = ModelWorker(action.worker, action.slot)
@@ -191,6 +195,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def do_SendTasks(self, action: SendTasks) -> None:
         worker = self.workers[action.worker]
         assert worker.state == "ready", f"sent to a worker that is {worker.state}"
+        assert worker not in self.leaving, "sent to a worker that is to leave"
         assert not self.over(), "something is sent after the end"
         assert action.tasks, "an empty message"
         assert len({task.job for task in action.tasks}) == 1
@@ -243,6 +248,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     def do_RecallTasks(self, action: RecallTasks) -> None:
         worker = self.workers[action.worker]
         doomed = [self.jobs[task.job].doomed for task in worker.held]
+        if worker in self.leaving and not any(doomed):
+            assert worker.state == "ready"
+            assert len(worker.held) > 1, "recalled from a worker that has nothing unstarted"
+            worker.state = "asked"
+            return
         if any(doomed):
             assert worker.state == "ready"
             assert not all(doomed), "recalled before a kill that harms nobody"
@@ -266,12 +276,16 @@ class SchedulerMachine(RuleBasedStateMachine):
     def do_RetireWorker(self, action: RetireWorker) -> None:
         worker = self.workers[action.worker]
         assert worker in self.idle(), "told to retire, but busy or not ready"
-        if not self.over():
+        if not self.over() and worker not in self.leaving:
             assert self.max_tasks is not None, "retired for no reason"
             heads = [job.queue[min(job.queue)] for job in self.waiting()]
             fitting = any(self.fits(worker, task) for task in heads)
             assert worker.given >= self.max_tasks or (heads and not fitting), "retired too early"
         worker.state = "retiring"
+
+    def do_VacateSlot(self, action: VacateSlot) -> None:
+        assert action.slot not in self.kept, "a slot that is kept was left empty"
+        assert action.slot not in {worker.slot for worker in self.workers.values()}, "the slot is not empty"
 
     def do_KillWorker(self, action: KillWorker) -> None:
         worker = self.workers[action.worker]
@@ -354,6 +368,40 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not self.unresolved, "ended with a task left"
         assert action.error == (self.stopped[1] if self.stopped else None)
         self.ended = True
+
+    # Growing and shrinking ---------------------------------------------------------------------------------------
+
+    @rule(processes=st.sampled_from([1, 1, 2, 3, 4, 6]))
+    def resize(self, processes: int) -> None:
+        before = dict(self.workers)
+        if not self.over():
+            self.processes = processes
+            self.shrink(len(self.kept) - processes)
+            self.grow(processes)
+        self.say(Resized(processes))
+        new = {worker.slot for id, worker in self.workers.items() if id not in before}
+        assert not self.over() or not new, "something starts after the end"
+
+    def shrink(self, surplus: int) -> None:
+        """Who leaves: those that go anyway, the idle, the starting, the lent, the busy; of the highest slots."""
+        ranks = {"retiring": 0, "killed": 0, "starting": 2, "lent": 3}
+        idle = self.idle()
+        there = [worker for worker in self.workers.values() if worker.slot in self.kept]
+        there.sort(key=lambda worker: (1 if worker in idle else ranks.get(worker.state, 4), -worker.slot))
+        for worker in there[: max(0, surplus)]:
+            self.kept.remove(worker.slot)
+            if worker.state not in ("retiring", "killed"):
+                self.leaving.append(worker)
+
+    def grow(self, processes: int) -> None:
+        """Who stays, and what is filled: whoever was not told yet, then empty slots, then those whose worker goes."""
+        for worker in reversed(self.leaving.copy()):
+            if len(self.kept) < processes and worker.state not in ("retiring", "killed"):
+                self.leaving.remove(worker)
+                self.kept.add(worker.slot)
+        taken = {worker.slot for worker in self.workers.values()}
+        free = sorted(set(range(processes)) - self.kept, key=lambda slot: (slot in taken, slot))
+        self.kept.update(free[: max(0, processes - len(self.kept))])
 
     # Lending --------------------------------------------------------------------------------------------------
 
@@ -704,6 +752,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             expect = self.expected + self.drops()
             worker.held.clear()
         del self.workers[worker.id]
+        self.leaving = [other for other in self.leaving if other is not worker]
         self.gone.append(worker)
         if worker.state == "starting" and not self.stopped:
             self.start_failures += 1
@@ -758,9 +807,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         for job in self.jobs.values():
             over = job.id not in jobs_with_tasks
             assert job.finished == (over and (job.sealed or job.cancelled)), f"job {job.id} is not finished"
-        # 4: a worker in each slot.
+        # 4: a worker in each slot that is kept, which are `processes`; more only while a shrink waits for those to end
+        # their tasks that are to leave and are sent nothing (see do_SendTasks).
+        slots = [worker.slot for worker in self.workers.values()]
+        assert len(set(slots)) == len(slots)
         if not self.over():
-            assert sorted(worker.slot for worker in self.workers.values()) == list(range(self.processes))
+            assert len(self.kept) == self.processes
+            assert self.kept <= set(slots)
+            for worker in self.workers.values():
+                if worker.slot not in self.kept and worker.state not in ("retiring", "killed"):
+                    assert worker in self.leaving
+                    assert worker.held or worker.state != "ready", "who is to leave and holds nothing was not told"
         # Nobody is idle while something waits for him.
         assert not (self.idle() and self.waiting()), "a task waits while a worker is idle"
         if self.max_tasks is not None:
@@ -785,7 +842,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert not self.idle(), "the end waits for a worker that was not told"
             assert not self.stopped or not self.working("ready", "asked", "settling", "retiring"), "not killed"
             assert self.ended == (not self.workers)
-        assert self.scheduler.wants_workers == bool(self.over() or self.waiting())
+        awaited = any(worker in self.leaving for worker in self.working("lent"))
+        assert self.scheduler.wants_workers == bool(self.over() or self.waiting() or awaited)
         self.in_doubt = False
         # 8 is in do_EndPool and lose: MAX_START_FAILURES in a row, or an initializer, and then that error.
 

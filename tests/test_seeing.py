@@ -153,3 +153,29 @@ def test_restarts_and_why(tmp_path):
             "exited with code 0", "exited with code 0", "exited with code 0", "was killed by SIGKILL"
         ]  # fmt: skip
         assert "before it: worker 3 (slot 0)" in pool.report(stacks=False)
+
+
+def test_time_of_transfers():
+    with tpool.Pool(1) as pool:
+        pool.apply(tasks.sleep, (0,))
+        before = pool.stats()
+        pool.map(tasks.sleep, [0.05] * 4, chunksize=1)
+        now = pool.stats()
+        busy, transfer = now.busy_seconds - before.busy_seconds, now.transfer_seconds - before.transfer_seconds
+        assert 0 < transfer < 0.1 < 0.2 <= busy
+
+
+def test_time_of_transfers_of_all_workers_of_a_place():
+    with tpool.Pool(1, maxtasksperchild=2) as pool:
+        pool.map(tasks.sleep, [0.02] * 3, chunksize=1)
+        # Received for 0.05 s, sent for as long; the first of two such tasks is the earlier worker's last.
+        for _ in range(2):
+            pool.map(tasks.identity, [tasks.SlowToTravel(0.05)], chunksize=1)
+        with pytest.raises(TypeError, match="exceptions must derive"):
+            pool.apply_async(tasks.raise_exception, (tasks.SlowToTravel(0.05),)).get(DEADLINE)
+        now = pool.stats()
+        (worker,) = now.workers
+        assert 0.25 <= worker.transfer_seconds == now.transfer_seconds
+        assert worker.busy_seconds - worker.transfer_seconds >= 0.06
+        assert worker.restarts >= 2
+        assert now.idle_seconds == sum(worker.idle_seconds for worker in now.workers) > 0

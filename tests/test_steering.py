@@ -63,6 +63,8 @@ def test_threads_that_are_given(method):
         (ValueError, "'gpu' is no device of torch", {"devices": ["gpu"]}),
         (ValueError, "max_memory 'much' is not a size", {"max_memory": "much"}),
         (ValueError, "max_memory must be 1 or more bytes", {"max_memory": 0}),
+        (ValueError, "max_cuda_memory 'lots' is not a size", {"max_cuda_memory": "lots"}),
+        (ValueError, "max_cuda_memory must be 1 or more bytes", {"max_cuda_memory": -1}),
     ],
 )
 def test_bad_values(error, match, arguments):
@@ -137,3 +139,26 @@ def test_tasks_behind_it_go_to_the_next_worker():
         assert pool.map(tasks.double, range(12), chunksize=1) == [2 * x for x in range(12)]
         assert pool.apply(tasks.double, (3,)) == 6
         assert pool.stats().workers_lost == 0
+
+
+def test_growth_on_gpus_with_a_stand_in_for_torchs_allocator(caplog):
+    """Two GPUs, of which each task reserves 100 MB more on one: together they may have 250 MB."""
+    with (
+        caplog.at_level(logging.WARNING, "tpool"),
+        tpool.Pool(1, tasks.stand_in_for_cuda, (10**8,), max_cuda_memory="250MB") as pool,
+    ):
+        pids = pool.map(tasks.reserve_more, [0, 1, 0, 1, 1, 0, 0], chunksize=1)
+        assert [pids.count(pid) for pid in dict.fromkeys(pids)] == [3, 3, 1]
+        (worker,) = pool.stats().workers
+        assert [loss.partition(" left, as ")[2] for loss in worker.losses] == [
+            "its CUDA memory of 300 MB was too much"
+        ] * 2
+        assert pool.stats().workers_lost == 0
+    assert not caplog.records
+
+
+def test_a_limit_on_gpus_does_not_make_a_worker_use_one():
+    with tpool.Pool(1, max_cuda_memory=1) as pool:
+        first = pool.apply(tasks.get_pid)
+        assert pool.map(tasks.uses_cuda, range(3), chunksize=1) == [False] * 3
+        assert pool.apply(tasks.get_pid) == first

@@ -35,6 +35,7 @@ from tpool.progress import Progress
 from tpool.stats import PoolStats, WorkerStats
 from tpool.streams import IMapIterator
 from tpool.tensors.held import Reference
+from tpool.timeline.timeline import Timeline
 
 __version__ = "0.1.0"
 
@@ -57,6 +58,7 @@ __all__ = [
     "SharedMemoryExhausted",
     "TaskCancelledError",
     "TaskTimeoutError",
+    "Timeline",
     "TpoolError",
     "TransportError",
     "UnsupportedTensorError",

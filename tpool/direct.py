@@ -25,7 +25,7 @@ def call_directly(engine: Engine, handler: Handler, payload: Encoded, story: str
     Returns:
         The result, or the failure in its place; None where the call must be submitted, as no worker could be had.
     """
-    job = handler.new_job()
+    job = handler.new_job(story)
     try:
         handler.direct[job] = (story, monotonic())
         answer = engine.call_now(job, payload)

@@ -16,7 +16,8 @@ Invariants (:meth:`Dispatcher.check`):
 2. The ring has just the jobs with queued tasks, each once.
 3. Only a READY worker is in ``idle``, ``_hungry`` or ``_loaded``, and only those are sent to, recalled from or
    retired.
-4. After :meth:`Dispatcher.dispatch` a worker is idle only if nothing is queued; after :meth:`Dispatcher.recall` none
+4. A worker that is leaving, as the pool shrinks, is sent nothing.
+5. After :meth:`Dispatcher.dispatch` a worker is idle only if nothing is queued; after :meth:`Dispatcher.recall` none
    has sat on unstarted tasks for RECALL_SECONDS while one is idle, or its recall is under way.
 """
 
@@ -100,6 +101,11 @@ class Dispatcher:
     def place(self, worker: Worker) -> None:
         """Put a worker into the sets where it belongs, after its state or what it holds has changed."""
         if worker.state is not WorkerState.READY:
+            return
+        if worker.leaving:
+            self.withdraw(worker)
+            if not worker.held:
+                self.retire(worker)
             return
         if not worker.held:
             self.withdraw(worker)
@@ -274,6 +280,7 @@ class Dispatcher:
         for job in jobs:
             indices = [task.index for task in job.queued]
             assert indices == sorted(set(indices)), f"the queue of job {job.id} is out of order: {indices}"
+        assert not any(worker.leaving for worker in [*self.idle, *self._hungry]), "who leaves may be sent something"
         assert len(self._ring) == len(set(self._ring)), "a job has two turns"
         assert set(self._ring) == {job for job in jobs if job.queued}
         ready = [worker for worker in workers if worker.state is WorkerState.READY]

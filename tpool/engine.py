@@ -21,10 +21,11 @@ from tpool.messages import (
     RetireWorker,
     SendTasks,
     StartWorker,
+    VacateSlot,
 )
 from tpool.tensors.held import Reference
 
-WorkerAction = StartWorker | SendTasks | LendWorker | RecallTasks | RetireWorker | KillWorker
+WorkerAction = StartWorker | SendTasks | LendWorker | RecallTasks | RetireWorker | KillWorker | VacateSlot
 
 
 @dataclass(slots=True, eq=False)
@@ -79,7 +80,7 @@ class Result(Protocol):
 class Engine(Protocol):
     """Runs workers.
 
-    ``encode``, ``open_job`` and ``wake`` may be called from any thread; all else from the handler's.
+    ``encode``, ``open_job``, ``make_room`` and ``wake`` may be called from any thread; all else from the handler's.
 
     Attributes:
         may_give_back: set by the handler: whether a caller may yet take results that hold memory. Where nobody may,
@@ -135,6 +136,16 @@ class Engine(Protocol):
 
     def empty(self, size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor in shared memory, whose values are whatever was there before; may wait for memory."""
+
+    def make_room(self, processes: int) -> None:
+        """There may be workers in slots below this number from now on; called before the scheduler hears of it.
+
+        By one thread at a time. Where nothing has to be made ready, there is nothing to do.
+
+        Raises:
+            PlatformError: there is no room for them, and nothing has changed.
+            ValueError: there never can be for so many.
+        """
 
     def open_job(self, job: JobId, mode: int, function: Encoded | None) -> None:
         """Keep what all tasks of a job have in common; sent once to each worker that gets one of them."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from tpool.handler import Handler
@@ -36,7 +36,7 @@ class Feeder:
         job: the job they belong to.
         stream: tells how far the consumer is.
         iterable: the input.
-        processes: how many workers there are.
+        processes: tells how many workers there are.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Feeder:
         job: JobId,
         stream: Stream,
         iterable: Iterable[Any],
-        processes: int,
+        processes: Callable[[], int],
     ) -> None:
         self._handler = handler
         self._job = job
@@ -120,19 +120,20 @@ class Feeder:
 
     def _limit(self) -> int:
         """How many items may be outstanding now."""
+        processes = self._processes()
         result_nbytes = self._stream.result_nbytes
         mean_nbytes = self._drawn_nbytes // max(1, self._drawn) + int(result_nbytes or 0)
         self._wide = mean_nbytes <= WIDE_ITEM_NBYTES and 0 < self._stream.seconds < WIDE_TASK_SECONDS
         if self._window is not None:
             limit = self._window
         elif self._wide:
-            limit = MAX_TASKS_PER_WORKER * self._processes
+            limit = MAX_TASKS_PER_WORKER * processes
         else:
-            limit = TASKS_PER_WORKER * self._processes
+            limit = TASKS_PER_WORKER * processes
         if result_nbytes is None:
-            limit = min(limit, self._processes)  # nobody knows yet how large results are
+            limit = min(limit, processes)  # nobody knows yet how large results are
         elif mean_nbytes * limit > self._max_nbytes:
-            limit = min(limit, max(self._processes, self._max_nbytes // mean_nbytes))
+            limit = min(limit, max(processes, self._max_nbytes // mean_nbytes))
         return limit
 
     def _room(self) -> int:

@@ -14,14 +14,17 @@ class Gate:
 
     Args:
         handler: knows whether the pool has come to its end.
+        processes: how many workers there are at first.
 
     Attributes:
+        processes: how many workers there are to be now; written under the lock.
         state: RUN, CLOSE or TERMINATE.
         lock: orders the pool's end against calls of other threads: nothing is opened after it. A signal handler may
             end the pool, too.
     """
 
-    def __init__(self, handler: Handler) -> None:
+    def __init__(self, handler: Handler, processes: int) -> None:
+        self.processes = processes
         self.state = "RUN"
         self.lock = threading.RLock()
         self._handler = handler

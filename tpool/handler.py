@@ -15,6 +15,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import logging
+import math
 import os
 import threading
 import warnings
@@ -52,6 +53,7 @@ from tpool.messages import (
     TasksSubmitted,
     TimedOut,
     TimePassed,
+    VacateSlot,
     WorkerId,
 )
 from tpool.results import Callbacks, Failure, SharedFailure, Sink
@@ -67,6 +69,9 @@ EXIT_SECONDS = 2.0
 # gather, this many, or for this long. Longer would be felt by a stream whose input is slower than its tasks.
 NAP_TASKS = 64
 NAP_SECONDS = 0.0005
+
+NAMES_KEPT = 1 << 17
+"""How many calls a timeline knows by name. More would take more memory: about 150 bytes for each."""
 
 
 class Handler:
@@ -94,6 +99,7 @@ class Handler:
         self.sinks: dict[JobId, Sink] = {}
         self.direct: dict[JobId, tuple[str, float]] = {}  # calls in lent workers: what, and since when
         self._job_ids = itertools.count(1)
+        self.names: dict[JobId, str] | None = None  # of the latest jobs, if there is to be a timeline
         self._asleep = False
         # Tasks were submitted "soon", so this thread only naps; written before _asleep, read after it.
         self._napping = False
@@ -102,6 +108,7 @@ class Handler:
         self._begun = threading.Event()
         self._ended = threading.Event()
         self.terminating = False  # nobody should be told that a worker was lost
+        self.terminated_at = math.inf
         self._last_words: Failure | SharedFailure | None = None  # what tasks without an outcome get, once known
         self.error: Failure | SharedFailure | None = None  # why the pool ended by itself
         self.workers_lost = 0
@@ -114,6 +121,7 @@ class Handler:
             RecallTasks: self._pass_on,
             RetireWorker: self._pass_on,
             KillWorker: self._pass_on,
+            VacateSlot: self._pass_on,
             ResolveTasks: self._resolve,
             FailTask: self._fail,
             RetryTask: self._retry,
@@ -140,7 +148,7 @@ class Handler:
         self, sink: Sink, mode: int, function: Encoded | None = None, batch: int = 1, rules: Rules | None = None
     ) -> JobId:
         """Make a job known, before its tasks."""
-        job = self.new_job()
+        job = self.new_job(sink.story)
         self.sinks[job] = sink
         self.engine.open_job(job, mode, function)
         self.post(JobOpened(job, batch, rules))
@@ -148,15 +156,19 @@ class Handler:
 
     def open_single(self, sink: Sink, mode: int, payload: Encoded, rules: Rules | None = None) -> JobId:
         """Make a job of one task known, and submit it; the handler is woken once."""
-        job = self.new_job()
+        job = self.new_job(sink.story)
         self.sinks[job] = sink
         self.engine.open_job(job, mode, None)
         self.post(JobSubmitted(job, [Task(job, 0, payload)], rules=rules))
         return job
 
-    def new_job(self) -> JobId:
-        """A name for a job."""
-        return JobId(next(self._job_ids))
+    def new_job(self, story: str) -> JobId:
+        """A number for a job; the story is what a timeline calls it."""
+        job = JobId(next(self._job_ids))
+        if self.names is not None:
+            self.names[job] = story
+            self.names.pop(JobId(job - NAMES_KEPT), None)
+        return job
 
     def submit_soon(self, task: Task) -> None:
         """Add a task of microseconds to the end of its job: many of them are taken up together, in ``NAP_SECONDS``."""
@@ -192,6 +204,7 @@ class Handler:
     def terminate(self) -> None:
         """Stop everything; returns at once."""
         self.terminating = True
+        self.terminated_at = min(self.terminated_at, monotonic())
         self.post(PoolTerminated(None))
 
     def join(self, timeout: float | None) -> bool:

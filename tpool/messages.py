@@ -205,6 +205,13 @@ class WorkerExited:
 
 
 @dataclass(slots=True, eq=False)
+class Resized:
+    """The pool is to have so many workers from now on; there is room for them."""
+
+    processes: int
+
+
+@dataclass(slots=True, eq=False)
 class PoolClosed:
     """No more jobs will be opened; the open ones go on to their end."""
 
@@ -236,6 +243,7 @@ Event = (
     | TasksRecalled
     | RecallSettled
     | WorkerExited
+    | Resized
     | PoolClosed
     | PoolTerminated
     | TimePassed
@@ -287,6 +295,13 @@ class KillWorker:
     """Kill a worker, whatever it does."""
 
     worker: WorkerId
+
+
+@dataclass(slots=True, eq=False)
+class VacateSlot:
+    """The worker of this slot is gone and no other follows for now: what it kept need not be kept."""
+
+    slot: Slot
 
 
 @dataclass(slots=True, eq=False)
@@ -351,6 +366,7 @@ Action = (
     | RecallTasks
     | RetireWorker
     | KillWorker
+    | VacateSlot
     | ResolveTasks
     | FailTask
     | RetryTask

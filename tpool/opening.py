@@ -36,8 +36,7 @@ class Opener:
     Args:
         engine: encodes.
         handler: takes the jobs.
-        gate: raises if the pool takes no more work.
-        processes: how many workers there are.
+        gate: raises if the pool takes no more work, and knows how many workers there are.
         max_tasks: after how many calls a worker is replaced; None for never.
         stream_nbytes: what one ``imap`` may hold in items drawn but not consumed.
         seed: what the random numbers of all tasks begin with; None leaves them to the workers.
@@ -48,7 +47,6 @@ class Opener:
         engine: Engine,
         handler: Handler,
         gate: Gate,
-        processes: int,
         max_tasks: int | None,
         stream_nbytes: int,
         seed: int | None = None,
@@ -56,7 +54,6 @@ class Opener:
         self._engine = engine
         self._handler = handler
         self._gate = gate
-        self._processes = processes
         self._max_tasks = max_tasks
         self._stream_nbytes = stream_nbytes
         self._seed = seed
@@ -138,7 +135,7 @@ class Opener:
     def chunksize(self, count: int, chunksize: int | None) -> int:
         """How many of ``count`` items travel together."""
         if chunksize is None:
-            chunksize = max(1, -(-count // (self._processes * CHUNKS_PER_WORKER)))
+            chunksize = max(1, -(-count // (self._gate.processes * CHUNKS_PER_WORKER)))
         # A worker is replaced after so many calls, not so many chunks.
         return chunksize if self._max_tasks is None else min(chunksize, self._max_tasks)
 
@@ -168,8 +165,9 @@ class Opener:
         weakref.finalize(iterator, _abandon, stream, self._handler, job).atexit = False
         window = None if buffersize is None else max(buffersize, chunksize)
         if chunksize > 1 and window is None:
-            window = 2 * chunksize * self._processes
-        feeder = Feeder(self._handler, job, stream, iterable, self._processes)
+            window = 2 * chunksize * self._gate.processes
+        gate = self._gate
+        feeder = Feeder(self._handler, job, stream, iterable, lambda: gate.processes)
         nbytes = self._stream_nbytes if buffer_nbytes is None else min(self._stream_nbytes, buffer_nbytes)
         feeder.start(chunksize, window, nbytes)
 

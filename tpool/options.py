@@ -36,6 +36,15 @@ def check_processes(processes: int | None) -> int:
     return processes
 
 
+def check_new_size(processes: int) -> int:
+    """How many workers a pool is to have from now on."""
+    if isinstance(processes, bool) or not isinstance(processes, int):
+        raise TypeError(f"processes must be a number of workers, not {processes!r}")
+    if processes < 1:
+        raise ValueError(f"a pool keeps at least 1 worker, not {processes}; close() it to have none")
+    return processes
+
+
 def check_initializer(initializer: Callable[..., object] | None) -> Callable[..., object] | None:
     """An initializer is called, so it must be callable."""
     if initializer is not None and not callable(initializer):
@@ -160,11 +169,20 @@ def check_seed(seed: int | None) -> int | None:
 
 
 def check_steering(
-    threads: int | None, affinity: object, devices: Iterable[str] | None, max_memory: int | str | None, method: str
+    threads: int | None,
+    affinity: object,
+    devices: Iterable[str] | None,
+    max_memory: int | str | None,
+    max_cuda_memory: int | str | None,
+    method: str,
 ) -> Steering:
     """Threads, CPUs, devices and memory of the workers; see ``Pool``."""
     return Steering(
-        _check_threads(threads, method), _check_affinity(affinity), _check_devices(devices), _check_max(max_memory)
+        _check_threads(threads, method),
+        _check_affinity(affinity),
+        _check_devices(devices),
+        _check_max("max_memory", max_memory),
+        _check_max("max_cuda_memory", max_cuda_memory),
     )
 
 
@@ -232,13 +250,29 @@ def _check_device(name: str) -> None:
         raise ValueError(f"devices: there is no {name!r}; this machine has cuda:0 to cuda:{count - 1}")
 
 
-def _check_max(max_memory: int | str | None) -> int | None:
-    if max_memory is None:
+def _check_max(name: str, size: int | str | None) -> int | None:
+    if size is None:
         return None
-    nbytes = parse_size("max_memory", max_memory)
+    nbytes = parse_size(name, size)
     if nbytes < 1:
-        raise ValueError(f"max_memory must be 1 or more bytes, not {max_memory!r}")
+        raise ValueError(f"{name} must be 1 or more bytes, not {size!r}")
     return nbytes
+
+
+MOST_TIMELINE_TASKS = 1 << 24  # a gigabyte for each worker
+TIMELINE_TASKS = 1 << 16
+"""How many tasks of each worker a timeline keeps. More: more shared memory, 64 bytes each. Fewer: less of the past."""
+
+
+def check_timeline(timeline: bool | int) -> int:
+    """How many tasks of each worker are kept; 0 for no timeline."""
+    if isinstance(timeline, bool):
+        return TIMELINE_TASKS if timeline else 0
+    if not isinstance(timeline, int):
+        raise TypeError(f"timeline must be True, False or a number of tasks to keep for each worker, not {timeline!r}")
+    if not 1 <= timeline <= MOST_TIMELINE_TASKS:
+        raise ValueError(f"timeline must be True, False or a number from 1 to {MOST_TIMELINE_TASKS}, not {timeline}")
+    return timeline
 
 
 def check_log_level(forward_logs: bool | int | str) -> int | None:

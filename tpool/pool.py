@@ -33,6 +33,7 @@ from tpool.opening import Opener
 from tpool.results import Callbacks, finish
 from tpool.scheduler import Scheduler
 from tpool.seeing import Seen
+from tpool.sizing import Sized
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -46,7 +47,7 @@ LOG_SECONDS = 5.0
 _pool_numbers = itertools.count(1)
 
 
-class Pool(StreamCalls, BatchCalls, Seen):
+class Pool(StreamCalls, BatchCalls, Sized, Seen):
     """A pool of worker processes that moves tensors through shared memory by handle.
 
     The API of ``multiprocessing.Pool``; what is better is listed in the README. May be used from any thread of the
@@ -89,11 +90,16 @@ class Pool(StreamCalls, BatchCalls, Seen):
             way. There it is the default device; ``get_worker_info().device`` names it.
         max_memory: a worker with more private memory than this after a task, in bytes or as text such as ``"2GB"``,
             is replaced by a fresh one. Shared memory does not count. None for any amount.
-
+        max_cuda_memory: the same for GPUs: what torch's caching allocator has reserved in the worker after a task, on
+            all of them together, in use or not. The CUDA context and what libraries allocate by themselves do not
+            count. A worker whose CUDA tensors the caller still uses is replaced, but its memory stays as long.
         forward_logs: True, or a level such as ``"INFO"``: what workers log from that level on (True: the root
             logger's) is handled here, by the loggers of the same names, in a thread of the pool's; a record's
             ``processName`` and ``worker`` tell where it comes from. In the workers it replaces the root logger's
             handlers and level.
+        timeline: True: write down when each task and transfer began and ended, for ``timeline()``. What is kept are
+            the latest 65,536 tasks of each worker, in 4 MB of shared memory each (beyond ``memory``) that is used as
+            they come, and as many of what the caller encoded; or as many as this number says.
 
     ``timeout``, ``retries`` and ``retry_on`` can be given to each call, too, which then go before these.
 
@@ -123,7 +129,9 @@ class Pool(StreamCalls, BatchCalls, Seen):
         affinity: bool | Iterable[int | Iterable[int]] | None = None,
         devices: Iterable[str] | None = None,
         max_memory: int | str | None = None,
+        max_cuda_memory: int | str | None = None,
         forward_logs: bool | int | str = False,
+        timeline: bool | int = False,
     ) -> None:
         check_platform()
         self._limits = Limits(timeout, retries, retry_on)
@@ -138,22 +146,22 @@ class Pool(StreamCalls, BatchCalls, Seen):
             preload=options.check_preload(preload),
             memory_nbytes=options.parse_nbytes(memory),
             sharing=options.check_sharing(sharing),
-            steering=options.check_steering(threads, affinity, devices, max_memory, method),
+            steering=options.check_steering(threads, affinity, devices, max_memory, max_cuda_memory, method),
             log_level=options.check_log_level(forward_logs),
+            timeline=options.check_timeline(timeline),
         )
         refuse_fork_after_cuda(settings.method)
-        self._processes = settings.processes
         name = f"tpool-{next(_pool_numbers)}"
         self._callbacks = Callbacks(name)
         self._engine = LocalEngine(settings)
         scheduler = Scheduler(settings.processes, max_tasks)
         self._handler = Handler(self._engine, scheduler, self._callbacks, name)
-        self._gate = Gate(self._handler)
+        self._handler.names = {} if settings.timeline else None
+        self._gate = Gate(self._handler, settings.processes)
         self._opener = Opener(
             self._engine,
             self._handler,
             self._gate,
-            settings.processes,
             max_tasks,
             settings.memory_nbytes // STREAM_SHARE,
             seed,
@@ -164,7 +172,7 @@ class Pool(StreamCalls, BatchCalls, Seen):
 
     def __repr__(self) -> str:
         name = type(self).__module__.partition(".")[0]
-        return f"<{name}.Pool state={self._gate.state} pool_size={self._processes} {self._busy()}>"
+        return f"<{name}.Pool state={self._gate.state} pool_size={self._gate.processes} {self._busy()}>"
 
     def __reduce__(self) -> str:
         raise NotImplementedError("pool objects cannot be passed between processes or pickled")

@@ -50,7 +50,8 @@ class Doing:
 def doings(handler: Handler, look: Look) -> list[Doing]:
     """What each place in the pool does."""
     by_slot = {int(worker.slot): worker for worker in handler.scheduler.workers}
-    return [_doing(slot, by_slot.get(slot), handler, look) for slot in range(len(look.slots))]
+    there = [slot for slot, record in enumerate(list(look.slots)) if not record.vacant]
+    return [_doing(slot, by_slot.get(slot), handler, look) for slot in there]
 
 
 def _doing(slot: int, worker: Worker | None, handler: Handler, look: Look) -> Doing:
@@ -110,6 +111,7 @@ def _worker_stats(number: int, look: Look) -> WorkerStats:
         peak,
         max(0, slot.workers - 1),
         tuple(failures.tell(loss) for loss in list(slot.losses)),
+        min(slot.seconds_transferring(), slot.busy_seconds),
     )
 
 
@@ -156,6 +158,7 @@ def html_table(head: str, handler: Handler, look: Look, stats: PoolStats) -> str
         "for s",
         "tasks",
         "busy s",
+        "transfer s",
         "idle s",
         "by handle",
         "by copy",
@@ -163,11 +166,12 @@ def html_table(head: str, handler: Handler, look: Look, stats: PoolStats) -> str
         "restarts",
     )
     rows = []
-    for doing, worker in zip(doings(handler, look), stats.workers):
+    for doing in doings(handler, look):
+        worker = stats.workers[doing.id]
         seconds = "" if doing.seconds is None else f"{doing.seconds:.1f}"
         cells = (doing.id, doing.pid, doing.what, seconds, worker.tasks_done, f"{worker.busy_seconds:.1f}",
-                 f"{worker.idle_seconds:.1f}", size(worker.moved_nbytes), size(worker.piped_nbytes),
-                 size(worker.memory_nbytes), worker.restarts)  # fmt: skip
+                 f"{worker.transfer_seconds:.1f}", f"{worker.idle_seconds:.1f}", size(worker.moved_nbytes),
+                 size(worker.piped_nbytes), size(worker.memory_nbytes), worker.restarts)  # fmt: skip
         rows.append("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells) + "</tr>")
     header = "".join(f"<th>{name}</th>" for name in names)
     return f"<table><caption>{html.escape(head)}</caption><tr>{header}</tr>{''.join(rows)}</table>"

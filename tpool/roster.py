@@ -102,6 +102,7 @@ class Worker:
         last_job: the job of what it was sent last; None before that.
         recalled: what it holds was all started, as the rest was recalled; until it is sent something.
         progress_at: when it was last heard of: its last result, or the message that ended its idleness.
+        leaving: the pool shrinks, and it is sent nothing more.
         due: when the last task with a time limit that it was sent has to be answered; None before that.
     """
 
@@ -112,6 +113,7 @@ class Worker:
     given: int = 0
     last_job: Job | None = None
     recalled: bool = False
+    leaving: bool = False
     progress_at: float = 0.0
     due: float | None = None
 

@@ -7,8 +7,9 @@ every rule can be shown by an example of events and actions, and all of them tog
                                                              ├─► handle() ─► ┤
     engine ──────► WorkerBecameReady, TasksFinished, … ──────┘               └─► StartWorker, SendTasks, … ──► engine
 
-This module keeps the lives of workers, from the first to the last; the jobs are in ``jobs.py``, and which worker is
-sent which task is ``dispatch.py``'s. A worker goes one way, and may be recalled from on it::
+This module keeps the lives of workers, from the first to the last; the places that they are in, and how many there
+are, are in ``slots.py``, the jobs in ``jobs.py``, and which worker is sent which task is ``dispatch.py``'s. A worker
+goes one way, and may be recalled from on it::
 
     STARTING ─ready─► READY ─RetireWorker─► RETIRING ─exited─► (gone; the next worker takes its slot)
                       │  ▲
@@ -24,7 +25,8 @@ Invariants (:meth:`Scheduler.check`; the property test checks the same from outs
 1. A task is queued in its job or held by one worker, and ``job.unresolved`` counts just those. Whatever takes a task
    out of there says its outcome once: ResolveTasks, FailTask or DropTask.
 2. A job is in the book until FinishJob; see ``jobs.py``.
-3. While the pool needs workers there is one in each slot, and never more.
+3. While the pool needs workers there is one in each slot that it keeps, which are as many as were last asked for.
+   There are more workers only while a pool that was made smaller waits for tasks that run: those are sent nothing.
 4. Once the pool is over (closed and without jobs, or stopped) nothing starts, nothing is sent, and EndPool is said
    when the last worker is gone.
 """
@@ -54,9 +56,8 @@ from tpool.messages import (
     PoolClosed,
     PoolTerminated,
     RecallSettled,
+    Resized,
     ResolveTasks,
-    Slot,
-    StartWorker,
     TaskFaltered,
     TasksFinished,
     TasksRecalled,
@@ -64,10 +65,10 @@ from tpool.messages import (
     TimePassed,
     WorkerBecameReady,
     WorkerExited,
-    WorkerId,
     WorkerReturned,
 )
 from tpool.roster import Worker, WorkerState
+from tpool.slots import Slots
 
 __all__ = ["MAX_START_FAILURES", "START_GRACE_SECONDS", "Scheduler"]
 
@@ -87,7 +88,7 @@ class Scheduler:
     in both cases the event has changed nothing.
 
     Args:
-        processes: how many workers the pool has.
+        processes: how many workers the pool has at first.
         max_tasks: how many calls a worker may run until it is replaced; None for any number. No task may weigh more.
 
     Attributes:
@@ -96,10 +97,9 @@ class Scheduler:
 
     def __init__(self, processes: int, max_tasks: int | None = None) -> None:
         self.wake_at: float | None = None
-        self._processes = processes
         self._dispatcher = Dispatcher(max_tasks)
-        self._workers: dict[WorkerId, Worker] = {}
-        self._next_worker = 0
+        self._slots = Slots(processes, self._dispatcher)
+        self._workers = self._slots.workers
         self._start_failures = 0  # in a row
         self._book = JobBook(self._dispatcher)
         self._killer = Killer(self._dispatcher, self._book)
@@ -114,10 +114,9 @@ class Scheduler:
 
     def begin(self) -> list[Action]:
         """Give the first actions: a worker for each slot. Called once, before any event."""
-        assert not self._next_worker, "begin() was called twice"
-        self._out = []
-        for slot in range(self._processes):
-            self._start(Slot(slot))
+        assert not self._slots.used, "begin() was called twice"
+        self._dispatcher.out = self._out = []
+        self._slots.start_all()
         return self._out
 
     def handle(self, event: Event, now: float) -> list[Action]:
@@ -191,20 +190,8 @@ class Scheduler:
 
     # Workers ------------------------------------------------------------------------------------------------------
 
-    def _start(self, slot: Slot) -> None:
-        worker = Worker(WorkerId(self._next_worker), slot)
-        self._next_worker += 1
-        self._workers[worker.id] = worker
-        self._out.append(StartWorker(worker.id, slot))
-
-    def _worker(self, worker_id: WorkerId, story: str) -> Worker:
-        worker = self._workers.get(worker_id)
-        if worker is None:
-            raise ProtocolError(f"worker {worker_id} {story}, but it is gone or was never started")
-        return worker
-
     def _worker_became_ready(self, event: WorkerBecameReady) -> None:
-        worker = self._worker(event.worker, "became ready")
+        worker = self._slots.get(event.worker, "became ready")
         if worker.state is WorkerState.KILLED:
             return  # Legal: it said so before the kill reached it.
         if worker.state is not WorkerState.STARTING:
@@ -215,8 +202,8 @@ class Scheduler:
 
     @property
     def wants_workers(self) -> bool:
-        """Whether lent workers are needed back: something is queued that nobody is idle for, or the pool is over."""
-        return self._dispatcher.has_queued or self._is_over()
+        """Whether lent workers are needed back: something is queued that nobody is idle for, or they are to leave."""
+        return self._dispatcher.has_queued or self._is_over() or self._slots.awaits_lent
 
     @property
     def can_lend(self) -> bool:
@@ -236,7 +223,7 @@ class Scheduler:
         self._dispatcher.place(worker)
 
     def _initializer_failed(self, event: InitializerFailed) -> None:
-        worker = self._worker(event.worker, "failed to initialize")
+        worker = self._slots.get(event.worker, "failed to initialize")
         if worker.state is WorkerState.KILLED:
             return  # Legal: it said so before the kill reached it.
         if worker.state is not WorkerState.STARTING:
@@ -244,7 +231,7 @@ class Scheduler:
         self._stop(cause=event.error, error=event.error)
 
     def _tasks_finished(self, event: TasksFinished) -> None:
-        worker = self._worker(event.worker, "sent results")
+        worker = self._slots.get(event.worker, "sent results")
         if worker.state is WorkerState.KILLED:
             return  # Legal: its tasks have failed already.
         outcomes, runs = worker.match(event.results)
@@ -266,7 +253,7 @@ class Scheduler:
             self._killer.judge(worker)
 
     def _task_faltered(self, event: TaskFaltered) -> None:
-        worker = self._worker(event.worker, "sent a result")
+        worker = self._slots.get(event.worker, "sent a result")
         if worker.state is WorkerState.KILLED:
             return  # Legal: its tasks have failed already.
         outcomes, _ = worker.match([(event.job, event.index, event.result, event.seconds)])
@@ -299,7 +286,7 @@ class Scheduler:
         self._dispatcher.place(worker)
 
     def _worker_exited(self, event: WorkerExited) -> None:
-        worker = self._worker(event.worker, "exited")
+        worker = self._slots.get(event.worker, "exited")
         held = worker.held
         if worker.state is not WorkerState.KILLED:  # Else its tasks have failed already, and nobody takes its place.
             if not 0 <= event.unstarted <= len(held):
@@ -311,15 +298,18 @@ class Scheduler:
             for task in lost:
                 self._book.fail(task, event.cause, self._book[task.job].rules.retry_lost)
             self._book.put_back(unstarted)
-        del self._workers[worker.id]
+        self._slots.remove(worker)
         self._killer.condemned.pop(worker, None)
-        self._dispatcher.withdraw(worker)
         if worker.state is WorkerState.STARTING:
             self._start_failures += 1
             if self._start_failures >= MAX_START_FAILURES:
                 self._stop(cause=event.cause, error=event.cause)
         if not self._is_over():
-            self._start(worker.slot)
+            self._slots.refill(worker.slot)
+
+    def _resized(self, event: Resized) -> None:
+        if not self._is_over():  # Legal: the pool came to its end while the caller made up their mind.
+            self._slots.resize(event.processes)
 
     # The end ------------------------------------------------------------------------------------------------------
 
@@ -377,6 +367,7 @@ class Scheduler:
         TasksRecalled: _tasks_recalled,
         RecallSettled: _recall_settled,
         WorkerExited: _worker_exited,
+        Resized: _resized,
         PoolClosed: _pool_closed,
         PoolTerminated: _pool_terminated,
         TimePassed: _time_passed,
@@ -390,11 +381,11 @@ class Scheduler:
         self._dispatcher.check(workers, jobs)
         held = [task for worker in workers for task in worker.held]
         self._book.check(held)
-        slots = sorted(worker.slot for worker in workers)
         if self._is_over():
+            slots = [worker.slot for worker in workers]
             assert len(set(slots)) == len(slots), "two workers share a slot"
             assert not held, "the pool is over, but a task has no outcome"
             assert not any(job.queued for job in jobs), "the pool is over, but a task has no outcome"
             assert self._ended == (not workers)
         else:
-            assert slots == list(range(self._processes)), "not one worker per slot"
+            self._slots.check()

@@ -7,6 +7,8 @@ from tpool.handler import Handler
 from tpool.local.engine import LocalEngine
 from tpool.maps import Calls
 from tpool.stats import PoolStats
+from tpool.timeline.timeline import Timeline
+from tpool.tracing import collect_timeline
 
 __all__ = ["Seen"]
 
@@ -47,6 +49,25 @@ class Seen(Calls):
         """
         handler, look = self._handler, self._engine.look()
         return report.text_report(repr(self), handler, look, stacks=stacks)
+
+    def timeline(self) -> Timeline:
+        """What was done when, by each worker and in the caller; of a pool made with ``timeline=``. From any thread.
+
+        May be asked for at any time, also after the pool's end; tasks that run are in it up to the moment.
+
+        >>> with tpool.Pool(2, timeline=True) as pool:
+        ...     values = pool.map(abs, range(10), chunksize=1)
+        >>> timeline = pool.timeline()
+        >>> timeline.save("timeline.json")  # for ui.perfetto.dev; .svg or .html for a picture
+        >>> len(timeline.tasks), {task.call for task in timeline.tasks}, timeline.dropped
+        (10, {'map(abs)'}, 0)
+
+        Raises:
+            ValueError: the pool was made without ``timeline=``.
+        """
+        if self._handler.names is None:
+            raise ValueError("this pool writes no timeline; make it with Pool(..., timeline=True)")
+        return collect_timeline(self._handler, self._engine.look())
 
     def _repr_html_(self) -> str:
         look = self._engine.look()

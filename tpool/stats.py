@@ -16,6 +16,10 @@ class WorkerStats:
         pid: of the worker that holds it now; None if there is none.
         tasks_done: units of work that were answered (a chunk of a ``map`` counts once).
         busy_seconds: how long the tasks that were answered ran, decoding and encoding included.
+        transfer_seconds: the part of ``busy_seconds`` in which functions, arguments and results were decoded and
+            encoded, waiting for shared memory included. The rest of it, the functions themselves ran. What is not in
+            it: writing to and reading from the pipe, and reading the definitions that functions of a script bring
+            along, both of which count as idle; and whatever this process does, as encoding arguments.
         idle_seconds: the rest of the time in which there was a worker that could take tasks.
         moved_nbytes: bytes that travelled by handle, in both directions.
         piped_nbytes: bytes that travelled by copy through the pipe, in both directions.
@@ -36,6 +40,7 @@ class WorkerStats:
     memory_peak_nbytes: int
     restarts: int
     losses: tuple[str, ...]
+    transfer_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +74,16 @@ class PoolStats:
     def busy_seconds(self) -> float:
         """How long all tasks that were answered ran."""
         return sum(worker.busy_seconds for worker in self.workers)
+
+    @property
+    def transfer_seconds(self) -> float:
+        """How much of that was decoding and encoding; see ``WorkerStats``."""
+        return sum(worker.transfer_seconds for worker in self.workers)
+
+    @property
+    def idle_seconds(self) -> float:
+        """How long workers that could take tasks had none."""
+        return sum(worker.idle_seconds for worker in self.workers)
 
     @property
     def restarts(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from time import monotonic
 from typing import Any
 
 from tpool.local.wire import Mode
@@ -9,9 +10,30 @@ from tpool.tensors.payload import Received
 from tpool.tensors.pickler import Codec
 
 
-def apply_call(codec: Codec, received: Received | bytes) -> Any:
+class Marks:
+    """When the parts of the present task ended, in seconds of the machine's monotonic clock.
+
+    Attributes:
+        decoded: its function and arguments were there.
+        ran: the function had returned or raised.
+    """
+
+    __slots__ = ("decoded", "ran")
+
+    def __init__(self) -> None:
+        self.decoded = self.ran = 0.0
+
+    def fail(self, started: float) -> None:
+        """The task has raised: what it had not reached since ``started`` ends now."""
+        now = monotonic()
+        self.decoded = now if self.decoded == started else self.decoded
+        self.ran = now if self.ran == started else self.ran
+
+
+def apply_call(codec: Codec, received: Received | bytes, marks: Marks) -> Any:
     """Make the call of an ``apply``, which brings its function along."""
     call: Any = codec.loads(received)
+    marks.decoded = monotonic()
     (args, kwds), function = call
     return function(*args, **kwds)
 
@@ -32,8 +54,13 @@ class JobCalls:
         self._function: Any = None
         self._error: BaseException | None = None
 
-    def call(self, codec: Codec, received: Received | bytes) -> Any:
+    def call(self, codec: Codec, received: Received | bytes, marks: Marks) -> Any:
         """Run one task.
+
+        Args:
+            codec: unpickles.
+            received: the item, or the chunk of items.
+            marks: is told when that was decoded.
 
         Raises:
             DecodeError: the function or the argument could not be unpickled.
@@ -45,6 +72,7 @@ class JobCalls:
             raise self._error.with_traceback(None)
         function = self._function
         argument: Any = codec.loads(received)
+        marks.decoded = monotonic()
         if self._mode == Mode.CALL:
             return function(argument)
         return self._call_chunk(function, argument)

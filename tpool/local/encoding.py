@@ -5,34 +5,42 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from time import monotonic
 from typing import Any
 
 import torch
 
+from tpool.errors import PlatformError
 from tpool.local import wire
-from tpool.local.crew import Crew
+from tpool.local.crew import Crew, SlotRecord
 from tpool.local.hunger import Hunger
+from tpool.local.setup import PoolMemory
 from tpool.messages import JobId
 from tpool.tensors.held import Holder, Reference
 from tpool.tensors.payload import HeldObject, Payload
-from tpool.tensors.pickler import Codec
 from tpool.tensors.plain import dumps_plain
 from tpool.tensors.storages import Sharing
 
 __all__ = ["Encoder"]
 
+NOTED_NBYTES = 1024
+"""What becomes less than this, and needs nothing but pickle, is left out of timelines: it takes a microsecond or two,
+and to write it down would cost a third of that and push what is worth seeing out of what is kept."""
+
 
 class Encoder:
-    """The part of ``tpool.engine.Engine`` that encodes; any thread may call.
+    """The part of ``tpool.engine.Engine`` that encodes and makes room; any thread may call.
 
     Args:
-        codec: pickles.
+        memory: of the pool, with the codec that pickles.
         hunger: is told whose patience a wait for memory may count on.
         crew: where jobs are written down.
     """
 
-    def __init__(self, codec: Codec, hunger: Hunger, crew: Crew) -> None:
-        self._codec = codec
+    def __init__(self, memory: PoolMemory, hunger: Hunger, crew: Crew) -> None:
+        self._memory = memory
+        self._codec = codec = memory.codec
+        self._encodings = memory.encodings
         self._patience = hunger
         self._crew = crew
         self._holder = Holder(codec.memory, self.wake)
@@ -50,6 +58,19 @@ class Encoder:
         if function is not None:
             self._crew.jobs[job] = (mode, function)
 
+    def make_room(self, processes: int) -> None:
+        """See Engine."""
+        try:
+            self._memory.grow(processes)
+        except (OSError, PlatformError) as error:
+            raise PlatformError(
+                f"there is no room for {processes} workers, so nothing was changed ({error}); raise the limits of"
+                " descriptors (ulimit -n) and of address space (ulimit -v)"
+            ) from error
+        slots = self._crew.slots
+        slots += [SlotRecord(trace=self._memory.trace(slot)) for slot in range(len(slots), processes)]
+        self._memory.settings.processes = processes
+
     @property
     def sharing(self) -> Sharing:
         """What sending a tensor means; see ``Codec``."""
@@ -61,7 +82,11 @@ class Encoder:
 
     def _hold(self, share: bool, obj: object) -> HeldObject:
         self._patience.set_patience(None)
-        return self._holder.hold(self._codec.dumps(obj, sharing="share" if share else None))
+        began = monotonic()
+        encoded = self._codec.dumps(obj, sharing="share" if share else None)
+        if self._encodings is not None:
+            self._encodings.note(began, monotonic(), wire.carried_nbytes(encoded))
+        return self._holder.hold(encoded)
 
     def empty(self, size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """See Engine."""
@@ -76,16 +101,25 @@ class Encoder:
 
     def encode(self, obj: Any, patient: Callable[[], bool] | None = None) -> Payload | bytes:
         """See Engine."""
-        stream = dumps_plain(obj)
-        if stream is not None:
-            return stream
-        self._patience.set_patience(patient)
-        return self._codec.dumps(obj)
+        encodings = self._encodings
+        began = 0.0 if encodings is None else monotonic()
+        encoded: Payload | bytes | None = dumps_plain(obj)
+        if encoded is None:
+            self._patience.set_patience(patient)
+            encoded = self._codec.dumps(obj)
+        if encodings is not None and (type(encoded) is not bytes or len(encoded) >= NOTED_NBYTES):
+            encodings.note(began, monotonic(), wire.carried_nbytes(encoded))
+        return encoded
 
     def encode_call(self, function: Any, args: tuple[Any, ...], kwds: dict[str, Any]) -> Payload | bytes:
         """See Engine."""
         self._patience.set_patience(None)
-        return self._codec.dumps_call(function, args, kwds)
+        encodings = self._encodings
+        began = 0.0 if encodings is None else monotonic()
+        encoded = self._codec.dumps_call(function, args, kwds)
+        if encodings is not None and (type(encoded) is not bytes or len(encoded) >= NOTED_NBYTES):
+            encodings.note(began, monotonic(), wire.carried_nbytes(encoded))
+        return encoded
 
     def encoded_nbytes(self, encoded: Payload | bytes) -> int:
         """See Engine."""

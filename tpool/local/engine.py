@@ -47,6 +47,7 @@ from tpool.messages import (
     SendTasks,
     StartWorker,
     TasksRecalled,
+    VacateSlot,
     WorkerExited,
 )
 from tpool.tensors.payload import Payload
@@ -67,7 +68,6 @@ class LocalEngine(Encoder):
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._crew = Crew([SlotRecord() for _ in range(settings.processes)])
         self._hunger = Hunger(self.wake)
         self._hungry = False  # somebody waits for memory: idle memory of ours is to be found and given up
         self.may_give_back: Callable[[], bool] = lambda: False
@@ -75,7 +75,8 @@ class LocalEngine(Encoder):
         self.pressing = self.can_lend = False
         self._memory = PoolMemory(settings, self._hunger.wait)
         self.logs = self._memory.logs
-        super().__init__(self._memory.codec, self._hunger, self._crew)
+        self._crew = Crew([SlotRecord(trace=self._memory.trace(slot)) for slot in range(settings.processes)])
+        super().__init__(self._memory, self._hunger, self._crew)
         self._initializer: Payload | None = None
         try:
             if settings.method != "fork":
@@ -126,6 +127,10 @@ class LocalEngine(Encoder):
         """See Engine."""
         if isinstance(action, StartWorker):
             return self._start(action)
+        if isinstance(action, VacateSlot):
+            self._memory.vacate(int(action.slot))
+            self._crew.slots[action.slot].vacant = True
+            return []
         member = self._members.get(action.worker)
         if member is None:
             return []  # it is gone, and the scheduler is about to hear of it
@@ -171,7 +176,7 @@ class LocalEngine(Encoder):
         member = Member(action.worker, slot, Channel(ours), claims_fd, self._memory, self._crew)
         self._members[action.worker] = member
         self._launched += 1
-        self._crew.slots[slot].workers += 1
+        self._crew.slots[slot].note_start(member.outbox)
         hello, fds = self._memory.hello(slot, self._launched)
         member.channel.put(Kind.HELLO, hello, fds)
         if self._initializer is not None:
@@ -225,6 +230,7 @@ class LocalEngine(Encoder):
     def _tidy_up(self) -> None:
         """Before this thread blocks: give back what died, so that nobody waits for it."""
         self._memory.table.collect()
+        self._memory.release_vacant()
         dropped = self._holder.take_dropped()
         for member in self._members.values():
             if dropped:

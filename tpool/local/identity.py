@@ -69,6 +69,8 @@ class Hello:
         live_blocks: (offset, nbytes) in the slot's arena that an earlier worker left in use.
         has_tracker: whether the caller's resource tracker's descriptor comes with this message.
         log_level: of the least log records to send; None for none, else their socket comes last with this message.
+        outbox_index: which of the outboxes whose descriptor comes with this message is the slot's.
+        traced: whether the descriptor of its trace comes with this message, last of all.
         sharing: ``share`` or ``copy``.
         can_swap: see ``Codec``; the caller's, so that both sides do the same.
     """
@@ -91,6 +93,8 @@ class Hello:
     live_blocks: list[tuple[int, int]]
     has_tracker: bool
     log_level: int | None
+    outbox_index: int
+    traced: bool
     sharing: Sharing
     can_swap: bool
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from tpool.local.crew import Crew, SlotRecord
+from tpool.local.crew import Crew, Life, SlotRecord
+from tpool.local.encodings import Encoding
 from tpool.local.lending import Lending
 from tpool.local.setup import PoolMemory
 from tpool.local.stacks import shorten
+from tpool.local.trace import Record
 from tpool.messages import JobId, WorkerId
 
 __all__ = ["Look"]
@@ -40,6 +42,25 @@ class Look:
     def direct_job(self, worker: WorkerId) -> JobId | None:
         """The call that a caller makes in this worker directly."""
         return self._lending.job_of(worker)
+
+    @property
+    def began(self) -> float:
+        """When the pool was made, as its trace counts time."""
+        return self._memory.began
+
+    def trace(self, slot: int) -> tuple[list[Record], int, list[Life], tuple[int, int, float] | None]:
+        """What the slot's workers did, how many older records are gone, their lives, and the task that runs."""
+        record = self.slots[slot]
+        if record.trace is None:
+            return [], 0, [], None
+        running = record.trace.running()
+        records, gone = record.trace.read()
+        return records, gone, list(record.lives), running
+
+    def encodings(self) -> tuple[list[Encoding], int]:
+        """What the caller's threads encoded, and how many older ones are gone."""
+        encodings = self._memory.encodings
+        return ([], 0) if encodings is None else encodings.read()
 
     def stack(self, slot: int) -> str | None:
         """Where the slot's worker is; None if it does not say."""

@@ -206,7 +206,7 @@ class Member(Orders):
         elif kind == Kind.FALTERED:
             self._falter(frame, events)
         elif kind == Kind.OVERWEIGHT:
-            self._reason = f"left, as its private memory of {wire.unpack_id(frame.body) / 1e6:.0f} MB was too much"
+            self._reason = f"left, as {frame.body.decode(errors='replace')}"
         elif kind == Kind.LINGERING:
             self.token = wire.unpack_place(frame.body)
         elif kind == Kind.EXIT_FAILED:
@@ -236,7 +236,7 @@ class Member(Orders):
     def launched(self, pid: int, pidfd: int) -> None:
         """It has a process now; the pidfd is owned."""
         self.pid, self.pidfd = pid, pidfd
-        self._record.pid = pid
+        self._record.note_process(pid)
         logger.info("%s started, pid %d", self, pid)
         if self._doomed:
             self.kill()

@@ -13,9 +13,11 @@ and each entry how many such replies come before *it*, so the order is kept.
 
 All outboxes of a pool lie in one memfd, one after the other::
 
-    | count u64 | read u64 | bell u64 | ... up to 64 bytes | ring of RING_NBYTES | room for one header |
+    | count u64 | read u64 | bell u64 | transferred f64 | ... to 64 bytes | ring of RING_NBYTES | room for one header |
 
 ``count`` is written by the worker and ``read`` by the parent; the bell is set by the parent and cleared by the worker.
+``transferred`` is the worker's, too: how many seconds it has spent on decoding and encoding so far. It stands here,
+and does not travel with each result, as that is all that is asked of it.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ MAX_DATA_NBYTES = 1024
 """A longer result goes by socket: copying it costs as much."""
 
 _COUNT, _READ, _BELL = range(3)
+_TRANSFERRED = slice(24, 32)
 _HEADER_NBYTES = 64
 _OUTBOX_NBYTES = 16 * PAGE_NBYTES
 # job, index, seconds, replies by socket before it, nbytes of the data that follow; each begins at a multiple of eight.
@@ -55,12 +58,14 @@ class Outbox:
     Attributes:
         entries: how many this end has put or taken.
         replies: how many results this end has sent or received by socket, modulo 2**32; counted by the end's owner.
+        transferred: one number, see above; written by the worker.
     """
 
-    __slots__ = ("_at", "_fence", "_ring", "_words", "entries", "replies")
+    __slots__ = ("_at", "_fence", "_ring", "_words", "entries", "replies", "transferred")
 
     def __init__(self, region: memoryview) -> None:
         self._words = region[:_HEADER_NBYTES].cast("Q")
+        self.transferred = region[_TRANSFERRED].cast("d")
         self._ring = region[_HEADER_NBYTES:]
         self._at = 0  # bytes since the beginning of time: where the next entry goes, or comes from
         # Taking a lock is a full memory barrier, which a store is not: without one both sides could look too early.
@@ -71,6 +76,7 @@ class Outbox:
     def clear(self) -> None:
         """Begin anew; by the parent, before the worker is started."""
         self._words[_COUNT] = self._words[_READ] = self._words[_BELL] = 0
+        self.transferred[0] = 0.0
 
     # The worker's end -----------------------------------------------------------------------------------------------
 

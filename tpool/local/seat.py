@@ -30,6 +30,7 @@ class Seat:
         cpus: that it may run on; None for all that the caller may.
         device: where torch makes tensors if not told otherwise; None for the CPU.
         max_memory_nbytes: of private memory, above which it is replaced; None for any amount.
+        max_cuda_nbytes: likewise of what torch's allocator has reserved on GPUs.
     """
 
     threads: int
@@ -37,6 +38,7 @@ class Seat:
     cpus: frozenset[int] | None = None
     device: str | None = None
     max_memory_nbytes: int | None = None
+    max_cuda_nbytes: int | None = None
 
     def take(self) -> None:
         """Become a worker that has it; called once, after the environment has been set."""
@@ -69,13 +71,14 @@ class Steering:
         threads: for each worker; None for its share of the CPUs.
         cpus: dealt out to the workers in turn; empty for no affinity.
         devices: likewise; empty for none.
-        max_memory_nbytes: see ``Seat``.
+        max_memory_nbytes, max_cuda_nbytes: see ``Seat``.
     """
 
     threads: int | None = None
     cpus: tuple[frozenset[int], ...] = ()
     devices: tuple[str, ...] = ()
     max_memory_nbytes: int | None = None
+    max_cuda_nbytes: int | None = None
     available: int = field(default_factory=available_cpus)
 
     def seat(self, slot: int, processes: int, method: str) -> Seat:
@@ -86,4 +89,4 @@ class Steering:
             # After an OpenMP region in the parent, a forked child that starts a second thread hangs.
             threads = 1 if method == "fork" else max(1, self.available // processes)
         device = self.devices[slot % len(self.devices)] if self.devices else None
-        return Seat(threads, self.threads is not None, cpus, device, self.max_memory_nbytes)
+        return Seat(threads, self.threads is not None, cpus, device, self.max_memory_nbytes, self.max_cuda_nbytes)

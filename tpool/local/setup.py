@@ -16,11 +16,13 @@ import secrets
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Any
 
 import torch
 
 from tpool.errors import PlatformError, ProtocolError
+from tpool.local.encodings import Encodings
 from tpool.local.identity import Hello, WorkerInfo
 from tpool.local.launch import ForkLauncher, Launcher, SpawnLauncher, ZygoteLauncher
 from tpool.local.lifetime import Lifetime
@@ -29,6 +31,7 @@ from tpool.local.outbox import Outbox, Outboxes
 from tpool.local.process import Inheritance
 from tpool.local.seat import Steering
 from tpool.local.stacks import Stacks
+from tpool.local.trace import Trace
 from tpool.tensors import leases, torch_private
 from tpool.tensors.arena import Allocator, Arena, Ledger
 from tpool.tensors.definitions import Definitions
@@ -37,6 +40,10 @@ from tpool.tensors.pickler import Codec
 from tpool.tensors.storages import Sharing
 
 logger = logging.getLogger("tpool")
+
+RELEASE_SECONDS = 0.1
+"""So often at most the memory of slots without workers is looked at, which takes as long as there are live blocks.
+Longer: whoever waits for that memory might be told that there is no hope."""
 
 
 @dataclass(slots=True)
@@ -52,6 +59,7 @@ class Settings:
         sharing: ``share`` or ``copy``.
         steering: what each worker is given.
         log_level: of the least log records that workers send; None to send none.
+        timeline: how many tasks of each worker are written down for a timeline; 0 for none.
         can_swap: see ``Codec``.
         environment, directory, path, argv: of the moment the pool is made.
     """
@@ -65,6 +73,7 @@ class Settings:
     sharing: Sharing
     steering: Steering = field(default_factory=Steering)
     log_level: int | None = None
+    timeline: int = 0
     can_swap: bool = torch_private.CAN_SWAP
     environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
     directory: str | None = field(default_factory=lambda: _working_directory())
@@ -108,16 +117,21 @@ class PoolMemory:
     """
 
     def __init__(self, settings: Settings, wait: Callable[[float], bool]) -> None:
-        self._settings = settings
+        self.settings = settings
         self.table = leases.table()
-        count = settings.processes
+        self.began = monotonic()
+        self.encodings = Encodings(settings.timeline) if settings.timeline else None
         self._slots: list[Arena] = []
+        self._boxes: list[tuple[Outboxes, int]] = []  # of each slot: where its outbox is
+        self._traces: list[Trace | None] = []
+        self.owing: dict[Peer, None] = {}  # peers for whom give-backs are pending
+        self.peers: list[Peer] = []
+        self._vacant: dict[int, int] = {}  # slots without a worker whose memory is in use, and in how many blocks
+        self._released_at = 0.0
         self._foreign: list[Arena] = []
         with contextlib.ExitStack() as undo:  # at the limit of descriptors or address space, leave nothing behind
-            self._ledger = Ledger.create(count + 1, settings.memory_nbytes)
+            self._ledger = Ledger.create(1 + settings.processes, settings.memory_nbytes)
             undo.callback(self._ledger.close)
-            self._outboxes = Outboxes.create(count)
-            undo.callback(self._outboxes.close)
             self.stacks = Stacks()
             undo.callback(self.stacks.close)
             self.logs = None if settings.log_level is None else LogReceiver(settings.log_level)
@@ -126,25 +140,79 @@ class PoolMemory:
             self._caller = Arena.create(settings.memory_nbytes)
             undo.callback(self.table.remove, self._caller)
             self.table.add(self._caller, Allocator(self._caller, self._ledger, 0))
-            for _ in range(count):
-                arena = Arena.create(settings.memory_nbytes)
-                undo.callback(self.table.remove, arena)
-                self.table.add(arena)
-                self._slots.append(arena)
+            self.grow(settings.processes)
             undo.pop_all()
-        self.owing: dict[Peer, None] = {}  # peers for whom give-backs are pending
-        self.peers = [Peer(f"slot {slot}", self.owing) for slot in range(count)]
         self.baseline = dict(vars(sys.modules["__main__"])) if settings.method == "fork" else None
         self.definitions = Definitions(baseline=self.baseline)
         self.codec = Codec(
             Memory(self._caller, wait), self.definitions, sharing=settings.sharing, can_swap=settings.can_swap
         )
 
+    def grow(self, count: int) -> None:
+        """Make what workers in slots below ``count`` need. By one thread at a time, before the first is asked for.
+
+        Raises:
+            OSError: there are not descriptors or there is not address space enough; nothing has changed.
+            ValueError: there is no room for so many.
+        """
+        settings, slots = self.settings, range(len(self._slots), count)
+        if not slots:
+            return
+        self._ledger.grow(1 + count)  # which harms nobody if the rest fails
+        with contextlib.ExitStack() as undo:
+            bank = Outboxes.create(len(slots))
+            undo.callback(bank.close)
+            arenas: list[Arena] = []
+            traces: list[Trace | None] = []
+            for _ in slots:
+                arenas.append(Arena.create(settings.memory_nbytes))
+                undo.callback(self.table.remove, arenas[-1])
+                self.table.add(arenas[-1])
+                trace = Trace.create(settings.timeline) if settings.timeline else None
+                traces.append(trace)
+                if trace is not None:
+                    undo.callback(trace.close)
+            undo.pop_all()
+        self.peers += [Peer(f"slot {slot}", self.owing) for slot in slots]
+        self._boxes += [(bank, index) for index in range(len(slots))]
+        self._traces += traces
+        self._slots += arenas
+
+    def vacate(self, slot: int) -> None:
+        """The slot's worker is gone and none follows: give back what it kept warm."""
+        self._vacant[slot] = -1
+        self._released_at = -RELEASE_SECONDS
+        self.release_vacant()
+
+    def release_vacant(self) -> None:
+        """Where a slot has no worker, nobody else gives back the memory of results that have died since."""
+        if not self._vacant or monotonic() < self._released_at + RELEASE_SECONDS:
+            return
+        for slot, known in list(self._vacant.items()):
+            arena = self._slots[slot]
+            blocks = self.table.live_blocks(self.peers[slot], arena)
+            if len(blocks) != known:
+                self._vacant[slot] = len(blocks)
+                allocator = Allocator(arena, self._ledger, slot + 1)
+                for offset, nbytes in blocks:
+                    allocator.reserve(offset, nbytes)
+                allocator.adopt()
+                allocator.trim()
+            if not blocks:
+                del self._vacant[slot]
+        self._released_at = monotonic()
+
     def outbox(self, slot: int) -> Outbox:
         """Our end of the outbox of the slot's next worker; its earlier one is gone, and its results were taken."""
-        outbox = self._outboxes.outbox(slot)
+        self._vacant.pop(slot, None)
+        bank, index = self._boxes[slot]
+        outbox = bank.outbox(index)
         outbox.clear()
         return outbox
+
+    def trace(self, slot: int) -> Trace | None:
+        """What the slot's workers did; None if nobody wants to know."""
+        return self._traces[slot]
 
     def worker_arenas(self, slot: int) -> tuple[Arena, Arena]:
         """The arenas that a worker knows from its first message: its slot's and the caller's."""
@@ -152,11 +220,13 @@ class PoolMemory:
 
     def hello(self, slot: int, number: int) -> tuple[bytes, tuple[int, ...]]:
         """The first message to a worker: body and descriptors."""
-        settings = self._settings
+        settings = self.settings
         inherited = settings.method == "fork"
         tracker_fd = None if inherited else _tracker_fd()
         current = multiprocessing.process.current_process()
         arena = self._slots[slot]
+        bank, outbox_index = self._boxes[slot]
+        trace = self._traces[slot]
         seat = settings.steering.seat(slot, settings.processes, settings.method)
         hello = Hello(
             method=settings.method,
@@ -177,11 +247,15 @@ class PoolMemory:
             live_blocks=self.table.live_blocks(self.peers[slot], arena),
             has_tracker=tracker_fd is not None,
             log_level=settings.log_level,
+            outbox_index=outbox_index,
+            traced=trace is not None,
             sharing=settings.sharing,
             can_swap=settings.can_swap,
         )
-        optional = [fd for fd in (tracker_fd, None if self.logs is None else self.logs.fd) if fd is not None]
-        fds = (arena.fd, self._caller.fd, self._ledger.fd, self._outboxes.fd, self.stacks.fd, *optional)
+        log_fd = None if self.logs is None else self.logs.fd
+        trace_fd = None if trace is None else trace.fd
+        optional = [fd for fd in (tracker_fd, log_fd, trace_fd) if fd is not None]
+        fds = (arena.fd, self._caller.fd, self._ledger.fd, bank.fd, self.stacks.fd, *optional)
         return pickle.dumps(hello), fds
 
     def committed_nbytes(self, slot: int | None) -> tuple[int, int]:
@@ -220,7 +294,11 @@ class PoolMemory:
         for arena in (self._caller, *self._slots, *self._foreign):
             self.table.remove(arena)
         self._ledger.close()
-        self._outboxes.close()
+        for bank, _ in self._boxes:
+            bank.close()
+        for trace in self._traces:
+            if trace is not None:
+                trace.close()
         self.stacks.close()
         if self.logs is not None:
             self.logs.close()

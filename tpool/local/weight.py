@@ -1,14 +1,50 @@
-"""How much memory a worker keeps for itself: whether it is time for a fresh one."""
+"""How much memory a worker keeps for itself, on the CPU and on GPUs: whether it is time for a fresh one."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["Weight", "private_nbytes"]
+import torch
+
+__all__ = ["Weight", "cuda_nbytes", "private_nbytes", "weigh"]
 
 _PAGE_NBYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+def weigh(max_nbytes: int | None, max_cuda_nbytes: int | None) -> Callable[[], str] | None:
+    """What is asked after each task: the reason to leave, in words, or nothing.
+
+    Args:
+        max_nbytes: of private memory; None for any amount.
+        max_cuda_nbytes: of memory on GPUs; None for any amount.
+
+    Returns:
+        None where there is nothing to ask.
+    """
+    weight = None if max_nbytes is None else Weight(max_nbytes)
+
+    def ask() -> str:
+        excess = None if weight is None else weight.excess()
+        if excess is not None:
+            return f"its private memory of {excess / 1e6:.0f} MB was too much"
+        if max_cuda_nbytes is not None and (nbytes := cuda_nbytes()) > max_cuda_nbytes:
+            return f"its CUDA memory of {nbytes / 1e6:.0f} MB was too much"
+        return ""
+
+    return None if weight is None and max_cuda_nbytes is None else ask
+
+
+def cuda_nbytes() -> int:
+    """What torch's caching allocator has reserved for this process on all GPUs, in use or not.
+
+    Not in it: the CUDA context, what libraries allocate by themselves, memory that came from other processes.
+    """
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return 0
+    return sum(torch.cuda.memory_reserved(device) for device in range(torch.cuda.device_count()))
 
 
 class Weight:

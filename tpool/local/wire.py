@@ -180,6 +180,16 @@ def moved_nbytes(payload: Payload | Received) -> int:
     return sum([block.nbytes for block in all_blocks(payload)])
 
 
+def carried_nbytes(payload: Payload | Received | bytes) -> int:
+    """How many bytes of data a payload stands for, by handle and by copy."""
+    if type(payload) is bytes:
+        return len(payload)
+    assert not isinstance(payload, bytes)
+    nbytes = sum([block.nbytes for block in payload.blocks])
+    data = payload.data
+    return nbytes + (len(data) if isinstance(data, bytes) else data.nbytes)
+
+
 def pack_give_backs(give_backs: list[tuple[int, int, int]]) -> bytes:
     """(arena id, offset, count) triples as a body."""
     return b"".join([_GIVE_BACK.pack(*give_back) for give_back in give_backs])

@@ -22,29 +22,28 @@ import pickle
 import select
 import socket
 import threading
-import traceback
 from collections import deque
-from time import perf_counter
+from time import monotonic
 from typing import Any, cast
 
-from tpool.errors import DecodeError, MaybeEncodingError, ProtocolError, TpoolError
+from tpool.errors import DecodeError, ProtocolError
 from tpool.local import identity, wire
-from tpool.local.calls import JobCalls, apply_call
+from tpool.local.calls import JobCalls, Marks, apply_call
 from tpool.local.channel import Channel, Frame
 from tpool.local.faltering import Faltered
 from tpool.local.lifetime import Lifetime
 from tpool.local.outbox import Outboxes
+from tpool.local.outcomes import encode_error, encode_value
 from tpool.local.retirement import end_program
 from tpool.local.stacks import tell_on_signal
-from tpool.local.story import format_remote, safe_repr
-from tpool.local.weight import Weight
+from tpool.local.trace import Trace
+from tpool.local.weight import weigh
 from tpool.local.wire import Kind, Mode, Status
 from tpool.tensors import leases
 from tpool.tensors.arena import Allocator, Arena, Ledger
 from tpool.tensors.leases import Memory, Peer
 from tpool.tensors.payload import GroupId, Payload, Received
 from tpool.tensors.pickler import Codec
-from tpool.tensors.plain import dumps_plain
 
 # Plain numbers: an enum's attribute costs more than the comparison, and these are looked at for each task.
 _PLAIN_TASKS = int(Kind.PLAIN_TASKS)
@@ -71,6 +70,7 @@ class Worker:
         self._tasks: deque[tuple[int, int, Received | bytes]] = deque()
         self._jobs: dict[int, JobCalls] = {}
         self._retiring = False
+        self._marks = Marks()
         self._initializer: Received | None = None
         self._lifetime: Lifetime | None = None
         self._pid = os.getpid()
@@ -116,17 +116,17 @@ class Worker:
         hello: identity.Hello = pickle.loads(frame.body)
         slot_fd, caller_fd, ledger_fd, outboxes_fd, stacks_fd, *others = frame.fds
         tell_on_signal(stacks_fd)
+        self._trace = Trace.attach(others.pop()) if hello.traced else None
         identity.assume(hello, others)
         identity.set_worker_info(hello.info)
-        limit = hello.seat.max_memory_nbytes
-        self._weight = None if limit is None else Weight(limit)
+        self._excess = weigh(hello.seat.max_memory_nbytes, hello.seat.max_cuda_nbytes)
         arena = self._attach(hello.slot_arena, slot_fd)
         allocator = Allocator(arena, Ledger.attach(ledger_fd), hello.ledger_index)
         self._table.add(arena, allocator)
         self._table.reinstate(arena, hello.live_blocks, self._parent)
         self._table.add(self._attach(hello.caller_arena, caller_fd))
         outboxes = Outboxes(outboxes_fd)
-        self._outbox = outboxes.outbox(hello.info.id)
+        self._outbox = outboxes.outbox(hello.outbox_index)
         outboxes.close()
         self._arena = arena
         self._known_arenas = {hello.slot_arena, hello.caller_arena}
@@ -166,8 +166,8 @@ class Worker:
         while True:
             if self._tasks:
                 self._next_task()
-                if self._weight is not None and (excess := self._weight.excess()) is not None:
-                    self._send(Kind.OVERWEIGHT, wire.pack_id(excess))
+                if self._excess is not None and (reason := self._excess()):
+                    self._send(Kind.OVERWEIGHT, reason.encode())
                     return  # what it has not started goes to others
             elif self._retiring:
                 return
@@ -225,10 +225,13 @@ class Worker:
         if kind == Kind.GROUP:
             group = GroupId(wire.unpack_id(frame.body))
             received = self._unpack(frame, wire.ID_NBYTES)
+            began = monotonic()
             try:
                 self._codec.load_group(group, received)
             except DecodeError as error:
                 self._group_error = error  # tasks that need what it held will fail, and should say why
+            if self._trace is not None:
+                self._trace.note_definitions(began, monotonic(), wire.carried_nbytes(received))
         elif kind == Kind.ARENA:
             arena_id = wire.unpack_id(frame.body)
             self._known_arenas.add(arena_id)
@@ -275,23 +278,34 @@ class Worker:
             self._drop_recalled()
             return
         job, index, received = self._tasks.popleft()
-        started = perf_counter()
+        marks, trace = self._marks, self._trace
+        started = marks.decoded = marks.ran = monotonic()
+        if trace is not None:
+            trace.begin(job, index, started)
+            came_nbytes = len(received) if type(received) is bytes else wire.carried_nbytes(received)
         tb = ""
         kind = Kind.RESULT
         try:
-            payload = self._encode_value(self._call(job, received))
+            payload = encode_value(self._codec, self._call(job, received), marks)
             status = _VALUE
         except BaseException as error:
+            marks.fail(started)
             if type(error) is Faltered:
                 error, kind = error.error, Kind.FALTERED
             if isinstance(error, DecodeError) and error.__cause__ is None:
                 error.__cause__ = self._group_error
-            payload, tb = self._encode_error(error)
+            payload, tb = encode_error(self._codec, error)
             status = _ERROR
         del received  # the arguments' leases end before the reply, so that they are given back with it
         if os.getpid() != self._pid:
             os._exit(1)  # the task forked and its child returned here; the reply is its parent's to give
-        seconds = perf_counter() - started
+        finished = monotonic()
+        seconds = finished - started
+        # Before the reply: who has the result can ask for these numbers. One writer, so this need not be atomic.
+        self._outbox.transferred[0] += marks.decoded - started + finished - marks.ran
+        if trace is not None:
+            sent_nbytes = len(payload) if type(payload) is bytes else wire.carried_nbytes(payload)
+            trace.end(finished, marks.decoded, marks.ran, came_nbytes, sent_nbytes)
         if type(payload) is bytes and self._tasks and self._leave(job, index, seconds, payload):
             return
         text = tb.encode(errors="backslashreplace")
@@ -309,35 +323,13 @@ class Worker:
 
     def _call(self, job: int, received: Received | bytes) -> Any:
         known = self._jobs.get(job)
-        if known is None:
-            return apply_call(self._codec, received)
-        return known.call(self._codec, received)
+        call = apply_call if known is None else known.call
+        return call(self._codec, received, self._marks)
 
     # Replying ------------------------------------------------------------------------------------------------------
 
-    def _encode_value(self, value: Any) -> Payload | bytes:
-        try:
-            stream = dumps_plain(value)
-            return self._codec.dumps(value) if stream is None else stream
-        except TpoolError:
-            raise  # tells what cannot travel, and why, better than we could
-        except Exception as error:
-            raise MaybeEncodingError(error, safe_repr(value)) from error
-
-    def _encode_error(self, error: BaseException) -> tuple[Payload, str]:
-        """An exception as (payload, traceback text)."""
-        tb = format_remote(error)
-        try:
-            payload = self._codec.dumps(error)
-        except Exception as reason:
-            payload = self._codec.dumps(MaybeEncodingError(reason, safe_repr(error)))
-        # The frames of the traceback hold the task's arguments.
-        traceback.clear_frames(error.__traceback__)
-        error.__traceback__ = None
-        return payload, tb
-
     def _reply_failed_initializer(self, error: BaseException) -> None:
-        payload, tb = self._encode_error(error)
+        payload, tb = encode_error(self._codec, error)
         text = tb.encode(errors="backslashreplace")
         self._reply(Kind.INITIALIZER_FAILED, wire.pack_count(len(text)) + text, payload)
 
