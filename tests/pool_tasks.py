@@ -480,3 +480,7 @@ def log_exception(text):
         raise ZeroDivisionError
     except ZeroDivisionError:
         logging.getLogger("experiment").exception(text)
+
+
+def make_on(device):
+    return torch.ones(3, device=device)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from tpool import options
+from tpool.arguments import check_func, check_items
 from tpool.limits import POOL, Limits, PoolDefault, RetryOn
 from tpool.local.starring import Starred
 from tpool.maps import Calls
@@ -150,6 +151,8 @@ class StreamCalls(Calls):
 
     def _stream(self, call: StreamCall, iterable: Iterable[Any], chunksize: int) -> IMapIterator[T]:
         self._gate.check_running()
+        check_func(call.func)
+        check_items(iterable)
         size = options.check_chunksize(chunksize) or 1
         window = options.check_buffersize(call.buffersize)
         nbytes = options.check_buffer_nbytes(call.buffer_nbytes)

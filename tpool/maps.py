@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from tpool import options
+from tpool.arguments import check_callback, check_func, check_items
 from tpool.futures import Keeper
 from tpool.gate import Gate
 from tpool.limits import POOL, Limits, PoolDefault, RetryOn
@@ -201,7 +202,11 @@ class MapCalls(Calls):
         error_callback: Callable[[BaseException], object] | None,
     ) -> MapResult[T]:
         self._gate.check_running()
+        check_func(call.func)
         chunksize = options.check_chunksize(chunksize)
+        check_items(iterable)
+        check_callback("callback", callback)
+        check_callback("error_callback", error_callback)
         items = iterable if isinstance(iterable, (list, tuple)) else list(iterable)
         if chunksize is None and call.limits.rules is not None:
             chunksize = 1  # limits hold for tasks, and each call is one, unless the user says otherwise

@@ -17,6 +17,7 @@ from multiprocessing.context import BaseContext
 from typing import Any, ParamSpec, TypeVar
 
 from tpool import options
+from tpool.arguments import check_args, check_callback, check_func, check_kwds
 from tpool.batches import BatchCalls
 from tpool.errors import WorkerLostError
 from tpool.executor import PoolExecutor
@@ -134,7 +135,7 @@ class Pool(StreamCalls, BatchCalls, Seen):
             processes=options.check_processes(processes),
             method=method,
             initializer=_with_exit(options.check_initializer(initializer), options.check_worker_exit(worker_exit)),
-            initargs=tuple(initargs),
+            initargs=check_args(initargs, "initargs"),
             preload=options.check_preload(preload),
             memory_nbytes=options.parse_nbytes(memory),
             sharing=options.check_sharing(sharing),
@@ -167,7 +168,10 @@ class Pool(StreamCalls, BatchCalls, Seen):
         return f"<{name}.Pool state={self._gate.state} pool_size={self._processes} {self._busy()}>"
 
     def __reduce__(self) -> str:
-        raise NotImplementedError("pool objects cannot be passed between processes or pickled")
+        raise NotImplementedError(
+            "pool objects cannot be passed between processes or pickled: have the caller make the calls, or make a"
+            " pool in the task (a method sends its object, too: keep the pool out of that)"
+        )
 
     # One call -------------------------------------------------------------------------------------------------------
 
@@ -189,9 +193,10 @@ class Pool(StreamCalls, BatchCalls, Seen):
             TaskTimeoutError: the call ran for longer than ``timeout``.
         """
         self._gate.check_running()
+        check_func(func)
         limits = self._limits.override(timeout, retries, retry_on)
         story = f"apply({options.describe(func)})"
-        payload = self._opener.encode(func, tuple(args), kwds or {}, limits)
+        payload = self._opener.encode(func, check_args(args), check_kwds(kwds), limits)
         if limits.rules is None:
             answer = self._opener.call_directly(payload, story)
             if answer is not None:
@@ -234,10 +239,14 @@ class Pool(StreamCalls, BatchCalls, Seen):
             PoolEndedError: the pool takes no more work.
         """
         self._gate.check_running()
+        check_func(func)
         limits = self._limits.override(timeout, retries, retry_on)
         story = f"apply({options.describe(func)})"
+        args, kwds = check_args(args), check_kwds(kwds)
+        check_callback("callback", callback)
+        check_callback("error_callback", error_callback)
         result: AsyncResult[T] = AsyncResult(self, story, self._callbacks, callback, error_callback)
-        self._opener.open_single(result, func, tuple(args), kwds or {}, limits)
+        self._opener.open_single(result, func, args, kwds, limits)
         return result
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> AsyncResult[T]:
@@ -282,6 +291,7 @@ class Pool(StreamCalls, BatchCalls, Seen):
 
     def _submit(self, limits: Limits, fn: Callable[..., T], *args: Any, **kwargs: Any) -> AsyncResult[T]:
         self._gate.check_running()
+        check_func(fn)
         result: AsyncResult[T] = AsyncResult(self, f"apply({options.describe(fn)})", self._callbacks)
         self._opener.open_single(result, fn, args, kwargs, limits)
         return result
@@ -323,7 +333,7 @@ class Pool(StreamCalls, BatchCalls, Seen):
         """
         self._gate.check_process()
         if self._gate.state == "RUN" and not self._handler.ended:
-            raise ValueError("Pool is still running")
+            raise ValueError("Pool is still running; call close() before join() to let it finish, or terminate()")
         # The standard library has drawn all of an imap's input by now; ours is drawn for whoever consumes. If nobody
         # does, there would be no end.
         self._handler.lift_back_pressure()

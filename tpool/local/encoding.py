@@ -13,6 +13,7 @@ from tpool.local import wire
 from tpool.local.crew import Crew
 from tpool.local.hunger import Hunger
 from tpool.messages import JobId
+from tpool.tensors.cures import add_cure
 from tpool.tensors.held import Holder, Reference
 from tpool.tensors.payload import HeldObject, Payload
 from tpool.tensors.pickler import Codec
@@ -61,7 +62,7 @@ class Encoder:
 
     def _hold(self, share: bool, obj: object) -> HeldObject:
         self._patience.set_patience(None)
-        return self._holder.hold(self._codec.dumps(obj, sharing="share" if share else None))
+        return self._holder.hold(self._dumps(obj, "share" if share else None))
 
     def empty(self, size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """See Engine."""
@@ -80,12 +81,23 @@ class Encoder:
         if stream is not None:
             return stream
         self._patience.set_patience(patient)
-        return self._codec.dumps(obj)
+        return self._dumps(obj)
 
     def encode_call(self, function: Any, args: tuple[Any, ...], kwds: dict[str, Any]) -> Payload | bytes:
         """See Engine."""
         self._patience.set_patience(None)
-        return self._codec.dumps_call(function, args, kwds)
+        try:
+            return self._codec.dumps_call(function, args, kwds)
+        except Exception as error:
+            add_cure(error)
+            raise
+
+    def _dumps(self, obj: object, sharing: Sharing | None = None) -> Payload:
+        try:
+            return self._codec.dumps(obj, sharing=sharing)
+        except Exception as error:
+            add_cure(error)
+            raise
 
     def encoded_nbytes(self, encoded: Payload | bytes) -> int:
         """See Engine."""

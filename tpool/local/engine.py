@@ -49,6 +49,7 @@ from tpool.messages import (
     TasksRecalled,
     WorkerExited,
 )
+from tpool.tensors.cures import add_cure
 from tpool.tensors.payload import Payload
 
 # How long the exit status of an ended worker is waited for. The zygote answers within a millisecond, unless it was
@@ -99,7 +100,11 @@ class LocalEngine(Encoder):
 
     def _encode_initializer(self) -> Payload:
         settings = self._settings
-        return self._memory.codec.dumps((settings.initializer, settings.initargs), spawning=True)
+        try:
+            return self._memory.codec.dumps((settings.initializer, settings.initargs), spawning=True)
+        except Exception as error:
+            add_cure(error)
+            raise
 
     # Any thread -----------------------------------------------------------------------------------------------------
 

@@ -39,7 +39,7 @@ from tpool.local.stacks import tell_on_signal
 from tpool.local.story import format_remote, safe_repr
 from tpool.local.weight import Weight
 from tpool.local.wire import Kind, Mode, Status
-from tpool.tensors import leases
+from tpool.tensors import cures, leases
 from tpool.tensors.arena import Allocator, Arena, Ledger
 from tpool.tensors.leases import Memory, Peer
 from tpool.tensors.payload import GroupId, Payload, Received
@@ -322,6 +322,7 @@ class Worker:
         except TpoolError:
             raise  # tells what cannot travel, and why, better than we could
         except Exception as error:
+            cures.add_cure(error)
             raise MaybeEncodingError(error, safe_repr(value)) from error
 
     def _encode_error(self, error: BaseException) -> tuple[Payload, str]:
