@@ -85,6 +85,9 @@ async def execute(path: str) -> dict[str, Any]:
             for cell in notebook.cells
             if cell.cell_type == "code"
         }
+        found["bars"] = [
+            state["value"] for state in client.widget_state.values() if state["_model_name"] == "FloatProgressModel"
+        ]
         workers = await who(client)
         await client.km.restart_kernel()
         found["workers"] = len(workers)

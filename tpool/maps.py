@@ -187,6 +187,8 @@ class MapCalls(Calls):
             # Interrupted, perhaps: nobody can ask for the rest any more.
             if not result.ready() and result._job is not None:
                 self._opener.cancel(result._job)
+                if isinstance(result, MeteredMap):
+                    result.give_up()
             raise
         finally:
             if isinstance(result, MeteredMap) and result.ready():
