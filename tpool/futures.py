@@ -203,6 +203,9 @@ class AsyncResult(Future[T]):
         """Have ``fn(self)`` called when the call has finished or was cancelled.
 
         It is called in the pool's callback thread, or here and now if the call has finished already.
+
+        Args:
+            fn: what to call; if it raises, that is logged.
         """
         if not self.done():
             self._callbacks.prepare()

@@ -82,9 +82,14 @@ class StreamCalls(Calls):
             progress: True for a bar (of tqdm: items, rate, bytes moved, workers lost), or a callable that is given a
                 ``tpool.Progress`` now and then, in the callback thread.
 
+        Returns:
+            An iterator over the values. What a call raised is raised in its place, and the iterator goes on; so may
+            ``WorkerLostError`` and ``TaskTimeoutError`` be.
+
         Raises:
             ValueError: a number is out of range.
             TypeError: an argument is of the wrong kind.
+            PoolEndedError: the pool takes no more work.
         """
         limits = self._limits.override(timeout, retries, retry_on)
         call = StreamCall("imap", func, True, False, limits, progress, buffersize, buffer_nbytes)

@@ -75,7 +75,7 @@ class MapCalls(Calls):
         retry_on: RetryOn | PoolDefault = POOL,
         progress: bool | Show = False,
     ) -> list[T]:
-        """Call ``func(item)`` for each item, in the workers; returns the values in order.
+        """Call ``func(item)`` for each item, in the workers, and wait for all values.
 
         >>> with tpool.Pool(2) as pool:
         ...     pool.map(abs, [-1, -2, -3], timeout=60, retries=2)
@@ -97,10 +97,14 @@ class MapCalls(Calls):
             progress: True for a bar (of tqdm: items, rate, bytes moved, workers lost), or a callable that is given a
                 ``tpool.Progress`` now and then, in the callback thread.
 
+        Returns:
+            The values, in the order of the items.
+
         Raises:
             Exception: what the first call to fail raised; the other calls still run.
             WorkerLostError: a worker died while it ran one of the chunks.
             TaskTimeoutError: one of the chunks ran for too long.
+            PoolEndedError: the pool takes no more work.
         """
         limits = self._limits.override(timeout, retries, retry_on)
         call = MapCall(Mode.MAP, "map", func, limits, progress)
@@ -140,7 +144,16 @@ class MapCalls(Calls):
         retry_on: RetryOn | PoolDefault = POOL,
         progress: bool | Show = False,
     ) -> MapResult[T]:
-        """As ``map``, but returns as soon as the items are pickled; see ``apply_async`` for the callbacks."""
+        """As ``map``, but returns as soon as the items are pickled; see ``apply_async`` for the callbacks.
+
+        >>> with tpool.Pool(2) as pool:
+        ...     result = pool.map_async(abs, [-1, -2])
+        ...     result.get(timeout=60)
+        [1, 2]
+
+        Returns:
+            The result, which is there when all calls are done; of ``starmap_async``, likewise.
+        """
         limits = self._limits.override(timeout, retries, retry_on)
         call = MapCall(Mode.MAP, "map", func, limits, progress)
         return self._map_async(call, iterable, chunksize, callback, error_callback)
@@ -156,7 +169,12 @@ class MapCalls(Calls):
         retry_on: RetryOn | PoolDefault = POOL,
         progress: bool | Show = False,
     ) -> list[T]:
-        """As ``map``, with ``func(*item)``."""
+        """As ``map``, with ``func(*item)``.
+
+        >>> with tpool.Pool(2) as pool:
+        ...     pool.starmap(pow, [(2, 5), (3, 2)])
+        [32, 9]
+        """
         limits = self._limits.override(timeout, retries, retry_on)
         call = MapCall(Mode.STARMAP, "starmap", func, limits, progress)
         return self._wait_for_map(call, iterable, chunksize)

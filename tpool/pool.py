@@ -185,12 +185,20 @@ class Pool(StreamCalls, BatchCalls, Seen):
         retries: int | PoolDefault = POOL,
         retry_on: RetryOn | PoolDefault = POOL,
     ) -> T:
-        """Call ``func(*args, **kwds)`` in a worker and wait for what it returns; see ``apply_async``.
+        """Call ``func(*args, **kwds)`` in a worker and wait; see ``apply_async``.
+
+        >>> with tpool.Pool(1) as pool:
+        ...     pool.apply(pow, (2, 3))
+        8
+
+        Returns:
+            What the call returned.
 
         Raises:
             Exception: what the call raised, with the remote traceback as its cause.
             WorkerLostError: the worker died while it ran this call.
             TaskTimeoutError: the call ran for longer than ``timeout``.
+            PoolEndedError: the pool takes no more work.
         """
         self._gate.check_running()
         check_func(func)
@@ -235,8 +243,13 @@ class Pool(StreamCalls, BatchCalls, Seen):
             retries: how often a task is tried again; see ``Pool``.
             retry_on: after which exceptions.
 
+        Returns:
+            The result, which is there when the call is done; also a ``concurrent.futures.Future``, and awaitable.
+
         Raises:
             PoolEndedError: the pool takes no more work.
+            TypeError: an argument is of the wrong kind.
+            ValueError: an argument is out of range.
         """
         self._gate.check_running()
         check_func(func)
@@ -256,6 +269,11 @@ class Pool(StreamCalls, BatchCalls, Seen):
         ...     futures = [pool.submit(pow, 2, n) for n in (3, 4)]
         ...     [future.result() for future in futures]
         [8, 16]
+
+        Args:
+            fn: what to call.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
 
         Returns:
             The result: a ``concurrent.futures.Future``, and awaitable.
@@ -284,6 +302,11 @@ class Pool(StreamCalls, BatchCalls, Seen):
             timeout: how many seconds each of its calls may run; see ``Pool``.
             retries: how often each is tried again; see ``Pool``.
             retry_on: after which exceptions.
+
+        Raises:
+            PoolEndedError: the pool takes no more work.
+            TypeError: an argument is of the wrong kind.
+            ValueError: an argument is out of range.
         """
         self._gate.check_running()
         limits = self._limits.override(timeout, retries, retry_on)
@@ -305,7 +328,11 @@ class Pool(StreamCalls, BatchCalls, Seen):
     # The end --------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Take no more calls; workers exit when the work is done."""
+        """Take no more calls; workers exit when the work is done.
+
+        Raises:
+            PoolEndedError: this is a process that was forked from the pool's own.
+        """
         self._gate.check_process()
         with self._gate.lock:
             if self._gate.state == "RUN":
@@ -313,7 +340,11 @@ class Pool(StreamCalls, BatchCalls, Seen):
                 self._handler.post(PoolClosed())
 
     def terminate(self) -> None:
-        """Stop at once: kill the workers; calls without a result raise ``PoolTerminatedError``. Waits for the end."""
+        """Stop at once: kill the workers; calls without a result raise ``PoolTerminatedError``. Waits for the end.
+
+        Raises:
+            PoolEndedError: this is a process that was forked from the pool's own.
+        """
         self._gate.check_process()
         self._gate.state = "TERMINATE"
         if not self._handler.ended:
