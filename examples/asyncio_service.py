@@ -22,7 +22,7 @@ import tpool
 
 WINDOW = 128  # pixels
 COLOURS = 4
-REQUESTS = 60
+REQUESTS = 40
 CLIENTS = 6
 
 

@@ -20,7 +20,7 @@ import tpool
 
 TEST = 360  # digits that are not trained on
 SHIFTS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
-COPIES = 2  # of each shifted digit, with noise of its own
+COPIES = 1  # of each shifted digit, with noise of its own
 BATCH = 256
 
 

@@ -23,7 +23,7 @@ import tpool
 
 SIDE = 32  # pixels
 BATCH = 64
-EPOCHS = 4
+EPOCHS = 3
 TEST = 360  # digits that are not trained on
 
 digits = load_digits()

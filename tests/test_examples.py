@@ -53,16 +53,17 @@ def test_hogwild():
 
 def test_an_asyncio_service():
     out = run("asyncio_service.py")
-    assert out.startswith("60 requests of 6 clients in ")
+    assert out.startswith("40 requests of 6 clients in ")
     assert "a window that is not there: error: the window at 5000, 0 leaves the photo" in out
     assert "main colours of a window of the first photo: [[" in out
 
 
 def test_a_swapped_program_gives_the_same():
     before, after = run("swap_before.py").splitlines(), run("swap_after.py").splitlines()
-    assert before[0] == after[0]
-    assert accuracies(before[0])[0] > 0.95
-    texts = [(EXAMPLES / f"swap_{name}.py").read_text().splitlines() for name in ("before", "after")]
+    assert before[::2] == after[::2]
+    assert min(accuracies("".join(before))) > 0.95
+    texts = [
+        (EXAMPLES / f"swap_{name}.py").read_text().partition('"""\n\n')[2].splitlines() for name in ("before", "after")
+    ]
     changes = [line for line in unified_diff(*texts, n=0, lineterm="") if line[0] in "+-" and line[1:].strip()]
-    code = [line for line in changes[2:] if "swap_" not in line]
-    assert code == ["-from torch.multiprocessing import Pool", "+from tpool import Pool"]
+    assert changes[2:] == ["-from torch.multiprocessing import Pool", "+from tpool import Pool"]

@@ -83,7 +83,7 @@ class Pool(StreamCalls, BatchCalls, Seen):
             what the initializer opened.
         threads: how many threads each worker may use for one operation of torch and of the OpenMP and BLAS libraries
             (of those that are loaded already only where threadpoolctl is installed). None: its share of the CPUs, for
-            torch alone.
+            torch and libraries that are loaded later, unless a variable such as ``OMP_NUM_THREADS`` says otherwise.
         affinity: which CPUs workers may run on: True for one each, or a list of CPUs, or of sets of CPUs, that are
             given to one worker after the other, again from the start if there are more workers; None for all.
         devices: devices of torch, such as ``["cuda:0", "cuda:1"]``, given to one worker after the other in the same
