@@ -553,3 +553,7 @@ def reserve_on_gpu(nbytes):
     """The task's tensor dies with it; the allocator keeps its memory."""
     torch.empty(nbytes, dtype=torch.uint8, device="cuda")
     return os.getpid()
+
+
+def make_on(device):
+    return torch.ones(3, device=device)

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "tpool"
 
 # From the ground up. Modules of one row may not import each other.
 ROWS = [
-    ["tpool.errors", "tpool.local.deathwatch", "tpool.local.interpreter"],
+    ["tpool.errors", "tpool.local.deathwatch", "tpool.local.interpreter", "tpool.tensors.cures"],
     ["tpool.messages"],
     ["tpool.deadlines", "tpool.limits", "tpool.roster"],
     ["tpool.dispatch"],
@@ -89,7 +89,7 @@ ROWS = [
     ["tpool.progress"],
     ["tpool.handler"],
     ["tpool.direct", "tpool.feeder", "tpool.gate", "tpool.report", "tpool.tracing"],
-    ["tpool.opening"],
+    ["tpool.arguments", "tpool.opening"],
     ["tpool.options"],
     ["tpool.executor", "tpool.maps"],
     ["tpool.imaps", "tpool.memory"],

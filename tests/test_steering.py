@@ -12,6 +12,7 @@ from support import wait_until
 
 import tpool
 from tpool.local.cpus import available_cpus
+from tpool.local.seat import THREAD_VARIABLES
 
 DEADLINE = 30
 CPUS = sorted(os.sched_getaffinity(0))
@@ -44,6 +45,39 @@ def test_threads_that_are_given(method):
     with tpool.Pool(1, context=method, threads=3) as pool:
         assert pool.apply(torch.get_num_threads) == 3
         assert pool.apply(os.getenv, ("OMP_NUM_THREADS",)) == "3"
+
+
+def threads_of_libraries():
+    """(how many threads the OpenMP and BLAS libraries of this process use, how many libraries there are)."""
+    import sklearn.cluster  # brings along scipy's BLAS and an OpenMP of its own
+    import threadpoolctl
+
+    assert sklearn.cluster
+    info = threadpoolctl.threadpool_info()
+    assert {library["user_api"] for library in info} == {"blas", "openmp"}
+    return {library["num_threads"] for library in info}, len(info)
+
+
+@pytest.mark.parametrize(("method", "threads"), [("forkserver", 1), ("forkserver", 2), ("fork", 1)])
+@pytest.mark.skipif(len(CPUS) < 2, reason="libraries give no process more threads than CPUs")
+def test_threads_of_every_library(method, threads):
+    with tpool.Pool(1, context=method, threads=threads) as pool:
+        assert pool.apply(torch.get_num_threads) == threads
+        found, libraries = pool.apply(threads_of_libraries)
+        assert found == {threads}
+        assert libraries >= 3
+
+
+def test_workers_by_default_share_the_cpus_in_every_library(monkeypatch):
+    """Numpy's BLAS is loaded before workers are told apart; it has one thread, which is never too many."""
+    for name in THREAD_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    with tpool.Pool(available_cpus()) as pool:
+        assert pool.apply(threads_of_libraries)[0] == {1}
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    with tpool.Pool(1) as pool:
+        assert pool.apply(os.getenv, ("OMP_NUM_THREADS",)) == "7"
+        assert pool.apply(os.getenv, ("OPENBLAS_NUM_THREADS",)) == str(available_cpus())
 
 
 @pytest.mark.parametrize(

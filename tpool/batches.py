@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from tpool.arguments import check_func
 from tpool.limits import POOL, PoolDefault, RetryOn
 from tpool.local.batching import Batches, length_of, put_into
 from tpool.maps import MapCall, MapCalls
@@ -98,6 +99,7 @@ class BatchCalls(MemoryCalls, MapCalls):
         """
         self._gate.check_running()
         limits = self._limits.override(timeout, retries, retry_on)
+        check_func(func)
         length = length_of(data, dim, "data")
         if out is not None:
             _check_out(out, length, dim)

@@ -38,6 +38,11 @@ class PoolExecutor(concurrent.futures.Executor):
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> AsyncResult[T]:
         """Call ``fn(*args, **kwargs)`` in a worker.
 
+        Args:
+            fn: what to call.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
+
         Returns:
             Its result, a ``concurrent.futures.Future`` that is also awaitable.
 

@@ -44,7 +44,8 @@ def why(cause: Any) -> str:
 
 def terminated(story: str) -> Failure:
     """The pool was terminated before."""
-    return Failure(PoolTerminatedError(f"the pool was terminated before {story} had its result"))
+    cure = "ask for results inside its with block, or end it by close() and join()"
+    return Failure(PoolTerminatedError(f"the pool was terminated before {story} had its result; {cure}"))
 
 
 def start_failed(cause: Any) -> Failure | SharedFailure:

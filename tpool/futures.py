@@ -22,10 +22,10 @@ from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED, PENDING
 from time import monotonic
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 from tpool.engine import Result
-from tpool.errors import TaskCancelledError, TpoolError
+from tpool.errors import TaskCancelledError, TpoolError, TransportError
 from tpool.loops import Bell
 from tpool.messages import JobId
 from tpool.results import Callbacks, Failure, SharedFailure, decode
@@ -75,6 +75,7 @@ class AsyncResult(Future[T]):
         self._callbacks = callbacks
         self._callback = callback
         self._error_callback = error_callback
+        self._has_callbacks = callback is not None or error_callback is not None
         # What Future.__init__ would make, less what is not used. The condition guards all but the decoding.
         self._condition = threading.Condition()
         self._state = PENDING
@@ -86,12 +87,15 @@ class AsyncResult(Future[T]):
         # Two threads may ask at once. Not the condition: decoding runs user code, and the handler needs that one.
         self._decoding = threading.Lock()
         self._decoded: tuple[bool, Any] | None = None
-        if callback is not None or error_callback is not None:
+        if self._has_callbacks:
             callbacks.prepare()
 
     def __repr__(self) -> str:
         state = "cancelled" if self.cancelled() else "finished" if self.done() else "pending"
         return f"<tpool.{type(self).__name__} of {self.story}: {state}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TransportError(f"{self!r} cannot leave its process: send the value, as in pool.submit(f, result.get())")
 
     # As in multiprocessing ------------------------------------------------------------------------------------------
 
@@ -126,7 +130,7 @@ class AsyncResult(Future[T]):
                 died; ``PoolTerminatedError`` if the pool was terminated first.
         """
         if not self._wait(timeout):
-            raise multiprocessing.TimeoutError
+            raise multiprocessing.TimeoutError(self._late(timeout))
         return self._value()
 
     # As in concurrent.futures ---------------------------------------------------------------------------------------
@@ -134,7 +138,7 @@ class AsyncResult(Future[T]):
     def result(self, timeout: float | None = None) -> T:
         """As ``get``, but raises ``concurrent.futures.TimeoutError``."""
         if not self._wait(timeout):
-            raise concurrent.futures.TimeoutError
+            raise concurrent.futures.TimeoutError(self._late(timeout))
         return self._value()
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
@@ -148,7 +152,7 @@ class AsyncResult(Future[T]):
             TaskCancelledError: it was cancelled.
         """
         if not self._wait(timeout):
-            raise concurrent.futures.TimeoutError
+            raise concurrent.futures.TimeoutError(self._late(timeout))
         if self._state == CANCELLED_AND_NOTIFIED:
             self._value()
         if self._condition._is_owned():  # type: ignore[attr-defined]
@@ -199,6 +203,9 @@ class AsyncResult(Future[T]):
         """Have ``fn(self)`` called when the call has finished or was cancelled.
 
         It is called in the pool's callback thread, or here and now if the call has finished already.
+
+        Args:
+            fn: what to call; if it raises, that is logged.
         """
         if not self.done():
             self._callbacks.prepare()
@@ -238,13 +245,18 @@ class AsyncResult(Future[T]):
         if self._state in _DONE:
             return True
         deadline = None if timeout is None else monotonic() + timeout
+        # In the callback thread, which runs nothing else meanwhile, our own callbacks would be waited for for ever.
+        in_callback = self._has_callbacks and self._callbacks.is_current()
         with self._condition:
-            while self._state not in _DONE:
+            while self._state not in _DONE and not (in_callback and self._complete):
                 remaining = None if deadline is None else deadline - monotonic()
                 if remaining is not None and remaining <= 0:
                     return False
                 self._condition.wait(remaining)
         return True
+
+    def _late(self, timeout: float | None) -> str:
+        return f"{self.story} has not finished within {timeout} s, and goes on: ask again later, or cancel() it"
 
     def _value(self) -> T:
         succeeded, value = self._decode()
@@ -318,6 +330,7 @@ class AsyncResult(Future[T]):
             self._publish(FINISHED)
         else:
             self._callbacks.post(self._run_callback)
+            self._condition.notify_all()  # somebody may wait for it in another callback
 
     def _publish(self, state: str) -> None:
         """Let everybody know that it is done. The condition is held."""

@@ -45,6 +45,7 @@ class Gate:
         if error is not None:
             raise WorkerStartError("Pool not running: its workers could not start") from error.take()
         if self.state != "RUN":
-            raise PoolEndedError("Pool not running")
+            how = "closed" if self.state == "CLOSE" else "terminated, which the end of its with block does, too"
+            raise PoolEndedError(f"Pool not running: it was {how}; make the call before that, or make another pool")
         if self._handler.ended:
-            raise PoolTerminatedError("Pool not running: it was terminated")
+            raise PoolTerminatedError("Pool not running: it was terminated; make another pool")

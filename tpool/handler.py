@@ -368,7 +368,7 @@ class Handler:
         if action.error is not None:
             self._failure_to_start(action.error)
         self.engine.close()
-        self._conclude(self.error or failures.terminated("this pool"))
+        self._conclude(self.error or failures.terminated("this call"))
 
     # The end --------------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from tpool import options
+from tpool.arguments import check_func, check_items
 from tpool.limits import POOL, Limits, PoolDefault, RetryOn
 from tpool.local.starring import Starred
 from tpool.maps import Calls
@@ -81,9 +82,14 @@ class StreamCalls(Calls):
             progress: True for a bar (of tqdm: items, rate, bytes moved, workers lost), or a callable that is given a
                 ``tpool.Progress`` now and then, in the callback thread.
 
+        Returns:
+            An iterator over the values. What a call raised is raised in its place, and the iterator goes on; so may
+            ``WorkerLostError`` and ``TaskTimeoutError`` be.
+
         Raises:
             ValueError: a number is out of range.
             TypeError: an argument is of the wrong kind.
+            PoolEndedError: the pool takes no more work.
         """
         limits = self._limits.override(timeout, retries, retry_on)
         call = StreamCall("imap", func, True, False, limits, progress, buffersize, buffer_nbytes)
@@ -150,6 +156,8 @@ class StreamCalls(Calls):
 
     def _stream(self, call: StreamCall, iterable: Iterable[Any], chunksize: int) -> IMapIterator[T]:
         self._gate.check_running()
+        check_func(call.func)
+        check_items(iterable)
         size = options.check_chunksize(chunksize) or 1
         window = options.check_buffersize(call.buffersize)
         nbytes = options.check_buffer_nbytes(call.buffer_nbytes)

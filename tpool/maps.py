@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from tpool import options
+from tpool.arguments import check_callback, check_func, check_items
 from tpool.futures import Keeper
 from tpool.gate import Gate
 from tpool.limits import POOL, Limits, PoolDefault, RetryOn
@@ -73,7 +74,7 @@ class MapCalls(Calls):
         retry_on: RetryOn | PoolDefault = POOL,
         progress: bool | Show = False,
     ) -> list[T]:
-        """Call ``func(item)`` for each item, in the workers; returns the values in order.
+        """Call ``func(item)`` for each item, in the workers, and wait for all values.
 
         >>> with tpool.Pool(2) as pool:
         ...     pool.map(abs, [-1, -2, -3], timeout=60, retries=2)
@@ -95,10 +96,14 @@ class MapCalls(Calls):
             progress: True for a bar (of tqdm: items, rate, bytes moved, workers lost), or a callable that is given a
                 ``tpool.Progress`` now and then, in the callback thread.
 
+        Returns:
+            The values, in the order of the items.
+
         Raises:
             Exception: what the first call to fail raised; the other calls still run.
             WorkerLostError: a worker died while it ran one of the chunks.
             TaskTimeoutError: one of the chunks ran for too long.
+            PoolEndedError: the pool takes no more work.
         """
         limits = self._limits.override(timeout, retries, retry_on)
         call = MapCall("map", func, limits, progress)
@@ -138,7 +143,16 @@ class MapCalls(Calls):
         retry_on: RetryOn | PoolDefault = POOL,
         progress: bool | Show = False,
     ) -> MapResult[T]:
-        """As ``map``, but returns as soon as the items are pickled; see ``apply_async`` for the callbacks."""
+        """As ``map``, but returns as soon as the items are pickled; see ``apply_async`` for the callbacks.
+
+        >>> with tpool.Pool(2) as pool:
+        ...     result = pool.map_async(abs, [-1, -2])
+        ...     result.get(timeout=60)
+        [1, 2]
+
+        Returns:
+            The result, which is there when all calls are done; of ``starmap_async``, likewise.
+        """
         limits = self._limits.override(timeout, retries, retry_on)
         call = MapCall("map", func, limits, progress)
         return self._map_async(call, iterable, chunksize, callback, error_callback)
@@ -154,7 +168,12 @@ class MapCalls(Calls):
         retry_on: RetryOn | PoolDefault = POOL,
         progress: bool | Show = False,
     ) -> list[T]:
-        """As ``map``, with ``func(*item)``."""
+        """As ``map``, with ``func(*item)``.
+
+        >>> with tpool.Pool(2) as pool:
+        ...     pool.starmap(pow, [(2, 5), (3, 2)])
+        [32, 9]
+        """
         limits = self._limits.override(timeout, retries, retry_on)
         call = MapCall("starmap", func, limits, progress, carrier=Starred(func))
         return self._wait_for_map(call, iterable, chunksize)
@@ -185,6 +204,8 @@ class MapCalls(Calls):
             # Interrupted, perhaps: nobody can ask for the rest any more.
             if not result.ready() and result._job is not None:
                 self._opener.cancel(result._job)
+                if isinstance(result, MeteredMap):
+                    result.give_up()
             raise
         finally:
             if isinstance(result, MeteredMap) and result.ready():
@@ -200,7 +221,11 @@ class MapCalls(Calls):
         error_callback: Callable[[BaseException], object] | None,
     ) -> MapResult[T]:
         self._gate.check_running()
+        check_func(call.func)
         chunksize = options.check_chunksize(chunksize)
+        check_items(iterable)
+        check_callback("callback", callback)
+        check_callback("error_callback", error_callback)
         items = iterable if isinstance(iterable, (list, tuple)) else list(iterable)
         if chunksize is None and call.limits.rules is not None:
             chunksize = 1  # limits hold for tasks, and each call is one, unless the user says otherwise

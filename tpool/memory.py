@@ -47,6 +47,9 @@ class MemoryCalls(Calls):
         Args:
             obj: what to keep.
 
+        Returns:
+            What stands for it in the arguments of calls to this pool.
+
         Raises:
             Exception: it cannot be pickled.
             PoolEndedError: the pool takes no more work.
@@ -68,6 +71,9 @@ class MemoryCalls(Calls):
         Args:
             size: its shape, as numbers or as one sequence.
             dtype: torch's default if not given.
+
+        Returns:
+            The tensor, of any content.
 
         Raises:
             TypeError: the shape is not made of whole numbers, or ``dtype`` is none of torch's.
@@ -102,13 +108,24 @@ class MemoryCalls(Calls):
             size: its shape.
             fill_value: the value of all elements; tells the dtype if that is not given.
             dtype: of the tensor.
+
+        Returns:
+            The tensor.
         """
         if dtype is None:
             dtype = torch.full((), fill_value, device="cpu").dtype
         return self.empty(size, dtype=dtype).fill_(fill_value)
 
     def empty_like(self, tensor: torch.Tensor, *, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A tensor as ``empty`` gives it, of the shape and dtype of another; always contiguous."""
+        """A tensor as ``empty`` gives it, of the shape of another; always contiguous.
+
+        Args:
+            tensor: whose shape it has.
+            dtype: of the new tensor; None for that of the other.
+
+        Raises:
+            TypeError: an argument is of the wrong kind.
+        """
         return self.empty(_shape_of(tensor), dtype=dtype or tensor.dtype)
 
     def zeros_like(self, tensor: torch.Tensor, *, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -120,7 +137,7 @@ class MemoryCalls(Calls):
         return self.empty_like(tensor, dtype=dtype).fill_(1)
 
     def full_like(self, tensor: torch.Tensor, fill_value: Any, *, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """As ``empty_like``, filled with a value.
+        """As ``empty_like``, filled with ``fill_value``.
 
         >>> with tpool.Pool(1) as pool:
         ...     pool.full_like(torch.zeros(3), 2.5).tolist()

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 
+from tpool.arguments import tell
 from tpool.local.cpus import available_cpus
 from tpool.local.seat import Steering
 from tpool.tensors.budget import default_budget_nbytes
@@ -31,9 +32,12 @@ def check_processes(processes: int | None) -> int:
     """How many workers; None for as many as CPUs may be used."""
     if processes is None:
         return available_cpus()
+    if isinstance(processes, bool) or not hasattr(type(processes), "__index__"):
+        cure = "; the initializer comes second, as in Pool(None, initializer)" if callable(processes) else ""
+        raise TypeError(f"processes must be a number of workers, or None for one a CPU, not {tell(processes)}{cure}")
     if processes < 1:
-        raise ValueError("Number of processes must be at least 1")
-    return processes
+        raise ValueError(f"Number of processes must be at least 1, not {processes}; leave it out for one a CPU")
+    return operator.index(processes)
 
 
 def check_new_size(processes: int) -> int:
@@ -48,7 +52,7 @@ def check_new_size(processes: int) -> int:
 def check_initializer(initializer: Callable[..., object] | None) -> Callable[..., object] | None:
     """An initializer is called, so it must be callable."""
     if initializer is not None and not callable(initializer):
-        raise TypeError("initializer must be a callable")
+        raise TypeError(f"initializer must be a callable, or None, not {tell(initializer)}; its arguments: initargs=")
     return initializer
 
 
@@ -84,7 +88,7 @@ def start_method(context: str | BaseContext | None) -> str:
     """The start method's name, given or taken from a context of ``multiprocessing``."""
     if context is None:
         return "forkserver"
-    method = context if isinstance(context, str) else context.get_start_method()
+    method = context if isinstance(context, str) else getattr(context, "get_start_method", str)()
     if method not in START_METHODS:
         raise ValueError(
             f"context must be one of {', '.join(START_METHODS)}, or a context of multiprocessing; not {context!r}"
@@ -133,13 +137,17 @@ def check_chunksize(chunksize: int | None) -> int | None:
             "for several iterables: starmap(func, zip(xs, ys)) or executor().map(func, xs, ys)"
         )
     if chunksize < 1:
-        raise ValueError(f"Chunksize must be 1+, not {chunksize}")
+        raise ValueError(f"Chunksize must be 1+, not {chunksize}; leave it out to have the pool choose")
     return chunksize
 
 
 def check_buffersize(buffersize: int | None) -> int | None:
     """How many items a stream may hold."""
-    if buffersize is not None and buffersize < 1:
+    if buffersize is None:
+        return None
+    if isinstance(buffersize, bool) or not hasattr(type(buffersize), "__index__"):
+        raise TypeError(f"buffersize must be a number of items, or None, not {buffersize!r}; in bytes: buffer_nbytes=")
+    if buffersize < 1:
         raise ValueError(f"buffersize must be 1 or more, not {buffersize}")
     return buffersize
 

@@ -17,6 +17,7 @@ from multiprocessing.context import BaseContext
 from typing import Any, ParamSpec, TypeVar
 
 from tpool import options
+from tpool.arguments import check_args, check_callback, check_func, check_kwds
 from tpool.batches import BatchCalls
 from tpool.errors import WorkerLostError
 from tpool.executor import PoolExecutor
@@ -83,7 +84,7 @@ class Pool(StreamCalls, BatchCalls, Sized, Seen):
             what the initializer opened.
         threads: how many threads each worker may use for one operation of torch and of the OpenMP and BLAS libraries
             (of those that are loaded already only where threadpoolctl is installed). None: its share of the CPUs, for
-            torch alone.
+            torch and libraries that are loaded later, unless a variable such as ``OMP_NUM_THREADS`` says otherwise.
         affinity: which CPUs workers may run on: True for one each, or a list of CPUs, or of sets of CPUs, that are
             given to one worker after the other, again from the start if there are more workers; None for all.
         devices: devices of torch, such as ``["cuda:0", "cuda:1"]``, given to one worker after the other in the same
@@ -142,7 +143,7 @@ class Pool(StreamCalls, BatchCalls, Sized, Seen):
             processes=options.check_processes(processes),
             method=method,
             initializer=_with_exit(options.check_initializer(initializer), options.check_worker_exit(worker_exit)),
-            initargs=tuple(initargs),
+            initargs=check_args(initargs, "initargs"),
             preload=options.check_preload(preload),
             memory_nbytes=options.parse_nbytes(memory),
             sharing=options.check_sharing(sharing),
@@ -175,7 +176,10 @@ class Pool(StreamCalls, BatchCalls, Sized, Seen):
         return f"<{name}.Pool state={self._gate.state} pool_size={self._gate.processes} {self._busy()}>"
 
     def __reduce__(self) -> str:
-        raise NotImplementedError("pool objects cannot be passed between processes or pickled")
+        raise NotImplementedError(
+            "pool objects cannot be passed between processes or pickled: have the caller make the calls, or make a"
+            " pool in the task (a method sends its object, too: keep the pool out of that)"
+        )
 
     # One call -------------------------------------------------------------------------------------------------------
 
@@ -189,17 +193,26 @@ class Pool(StreamCalls, BatchCalls, Sized, Seen):
         retries: int | PoolDefault = POOL,
         retry_on: RetryOn | PoolDefault = POOL,
     ) -> T:
-        """Call ``func(*args, **kwds)`` in a worker and wait for what it returns; see ``apply_async``.
+        """Call ``func(*args, **kwds)`` in a worker and wait; see ``apply_async``.
+
+        >>> with tpool.Pool(1) as pool:
+        ...     pool.apply(pow, (2, 3))
+        8
+
+        Returns:
+            What the call returned.
 
         Raises:
             Exception: what the call raised, with the remote traceback as its cause.
             WorkerLostError: the worker died while it ran this call.
             TaskTimeoutError: the call ran for longer than ``timeout``.
+            PoolEndedError: the pool takes no more work.
         """
         self._gate.check_running()
+        check_func(func)
         limits = self._limits.override(timeout, retries, retry_on)
         story = f"apply({options.describe(func)})"
-        payload = self._opener.encode(func, tuple(args), kwds or {}, limits)
+        payload = self._opener.encode(func, check_args(args), check_kwds(kwds), limits)
         if limits.rules is None:
             answer = self._opener.call_directly(payload, story)
             if answer is not None:
@@ -238,14 +251,23 @@ class Pool(StreamCalls, BatchCalls, Sized, Seen):
             retries: how often a task is tried again; see ``Pool``.
             retry_on: after which exceptions.
 
+        Returns:
+            The result, which is there when the call is done; also a ``concurrent.futures.Future``, and awaitable.
+
         Raises:
             PoolEndedError: the pool takes no more work.
+            TypeError: an argument is of the wrong kind.
+            ValueError: an argument is out of range.
         """
         self._gate.check_running()
+        check_func(func)
         limits = self._limits.override(timeout, retries, retry_on)
         story = f"apply({options.describe(func)})"
+        args, kwds = check_args(args), check_kwds(kwds)
+        check_callback("callback", callback)
+        check_callback("error_callback", error_callback)
         result: AsyncResult[T] = AsyncResult(self, story, self._callbacks, callback, error_callback)
-        self._opener.open_single(result, func, tuple(args), kwds or {}, limits)
+        self._opener.open_single(result, func, args, kwds, limits)
         return result
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> AsyncResult[T]:
@@ -255,6 +277,11 @@ class Pool(StreamCalls, BatchCalls, Sized, Seen):
         ...     futures = [pool.submit(pow, 2, n) for n in (3, 4)]
         ...     [future.result() for future in futures]
         [8, 16]
+
+        Args:
+            fn: what to call.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
 
         Returns:
             The result: a ``concurrent.futures.Future``, and awaitable.
@@ -283,6 +310,11 @@ class Pool(StreamCalls, BatchCalls, Sized, Seen):
             timeout: how many seconds each of its calls may run; see ``Pool``.
             retries: how often each is tried again; see ``Pool``.
             retry_on: after which exceptions.
+
+        Raises:
+            PoolEndedError: the pool takes no more work.
+            TypeError: an argument is of the wrong kind.
+            ValueError: an argument is out of range.
         """
         self._gate.check_running()
         limits = self._limits.override(timeout, retries, retry_on)
@@ -290,6 +322,7 @@ class Pool(StreamCalls, BatchCalls, Sized, Seen):
 
     def _submit(self, limits: Limits, fn: Callable[..., T], *args: Any, **kwargs: Any) -> AsyncResult[T]:
         self._gate.check_running()
+        check_func(fn)
         result: AsyncResult[T] = AsyncResult(self, f"apply({options.describe(fn)})", self._callbacks)
         self._opener.open_single(result, fn, args, kwargs, limits)
         return result
@@ -303,7 +336,11 @@ class Pool(StreamCalls, BatchCalls, Sized, Seen):
     # The end --------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Take no more calls; workers exit when the work is done."""
+        """Take no more calls; workers exit when the work is done.
+
+        Raises:
+            PoolEndedError: this is a process that was forked from the pool's own.
+        """
         self._gate.check_process()
         with self._gate.lock:
             if self._gate.state == "RUN":
@@ -311,7 +348,11 @@ class Pool(StreamCalls, BatchCalls, Sized, Seen):
                 self._handler.post(PoolClosed())
 
     def terminate(self) -> None:
-        """Stop at once: kill the workers; calls without a result raise ``PoolTerminatedError``. Waits for the end."""
+        """Stop at once: kill the workers; calls without a result raise ``PoolTerminatedError``. Waits for the end.
+
+        Raises:
+            PoolEndedError: this is a process that was forked from the pool's own.
+        """
         self._gate.check_process()
         self._gate.state = "TERMINATE"
         if not self._handler.ended:
@@ -331,7 +372,7 @@ class Pool(StreamCalls, BatchCalls, Sized, Seen):
         """
         self._gate.check_process()
         if self._gate.state == "RUN" and not self._handler.ended:
-            raise ValueError("Pool is still running")
+            raise ValueError("Pool is still running; call close() before join() to let it finish, or terminate()")
         # The standard library has drawn all of an imap's input by now; ours is drawn for whoever consumes. If nobody
         # does, there would be no end.
         self._handler.lift_back_pressure()

@@ -155,6 +155,11 @@ class MeteredMap(_Metered, MapResult[T]):
         """Wait until the last progress was shown; not for long."""
         self._meter.wait_shown()
 
+    def give_up(self) -> None:
+        """Nobody waits for this any more: show that it is over, though parts of it may still run."""
+        self._meter.finish()
+        self._meter.wait_shown()
+
 
 class MeteredStream(_Metered, Stream):
     """A Stream that is counted.

@@ -80,7 +80,7 @@ class LocalEngine(Encoder):
         self._initializer: Payload | None = None
         try:
             if settings.method != "fork":
-                self._initializer = self._encode_initializer()
+                self._initializer = self._dumps((settings.initializer, settings.initargs), spawning=True)
         except BaseException:
             os.close(self._wake_fd)
             self._memory.close()
@@ -97,10 +97,6 @@ class LocalEngine(Encoder):
         self._launcher: Launcher = make_launcher(settings, self._memory.baseline, self._close_inherited)
         self._launcher_fd: int | None = None
         self._watch_launcher()
-
-    def _encode_initializer(self) -> Payload:
-        settings = self._settings
-        return self._memory.codec.dumps((settings.initializer, settings.initargs), spawning=True)
 
     # Any thread -----------------------------------------------------------------------------------------------------
 

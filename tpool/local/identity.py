@@ -201,7 +201,11 @@ def set_worker_info(info: WorkerInfo | None) -> None:
 
 
 def get_worker_info() -> WorkerInfo | None:
-    """The worker that this process is, or None outside of tpool's workers.
+    """The worker that this process is, or None outside of tpool's workers, in the caller for one.
+
+    >>> with tpool.Pool(2) as pool:
+    ...     pool.apply(tpool.get_worker_info).num_workers, tpool.get_worker_info()
+    (2, None)
 
     May be called from any thread; the answer never changes while the worker lives.
     """

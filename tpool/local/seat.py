@@ -26,7 +26,7 @@ class Seat:
 
     Attributes:
         threads: intra-op threads of torch.
-        all_libraries: these threads are for the OpenMP and BLAS libraries, too.
+        all_libraries: these threads were asked for, also for the OpenMP and BLAS libraries that are loaded already.
         cpus: that it may run on; None for all that the caller may.
         device: where torch makes tensors if not told otherwise; None for the CPU.
         max_memory_nbytes: of private memory, above which it is replaced; None for any amount.
@@ -47,6 +47,9 @@ class Seat:
         torch.set_num_threads(self.threads)
         if self.all_libraries:
             self._limit_libraries()
+        else:
+            for name in THREAD_VARIABLES:  # else each worker's numpy or scipy would start a thread for each CPU
+                os.environ.setdefault(name, str(self.threads))
         if self.device is not None:
             device = torch.device(self.device)
             if device.type == "cuda":
