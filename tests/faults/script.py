@@ -532,6 +532,8 @@ def main() -> None:
     parser.add_argument("--case", default="")
     parser.add_argument("--role", default="")
     arguments = parser.parse_args()
+    # A shell ignores it for what it starts in the background, and so would whatever is started here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     env = Env(ADAPTERS[arguments.pool](), arguments.method)
     if arguments.role:
         faulthandler.register(signal.SIGUSR1)
