@@ -56,3 +56,19 @@ def test_more_counters_than_fit_are_refused() -> None:
     with pytest.raises(ProtocolError):
         Ledger.attach(os.dup(ledger.fd))
     ledger.close()
+
+
+def test_a_ledger_that_grows_is_counted_whole_by_whoever_mapped_it_before() -> None:
+    ledger = Ledger.create(2, 100)
+    earlier = Ledger.attach(os.dup(ledger.fd))
+    ledger.grow(4)
+    ledger.set_committed(3, 70)
+    ledger.set_waiting(2, True)
+    assert earlier.committed_nbytes() == 70
+    assert earlier.anyone_waiting(besides=1)
+    assert earlier.counters == 4
+    with pytest.raises(ValueError, match="this pool can grow to"):
+        ledger.grow(4000)
+    assert earlier.committed_nbytes() == 70
+    earlier.close()
+    ledger.close()

@@ -34,7 +34,7 @@ class WorkerInfo:
 
     Attributes:
         id: the worker's slot in the pool, from 0; a replacement keeps the number.
-        num_workers: how many slots the pool has.
+        num_workers: how many workers the pool was to have when this one was started.
         seed: what ``torch``, ``random`` and ``numpy`` were seeded with in this process.
         device: the one of the pool's ``devices`` that is its own, as text; None where there are none.
         state: a place for whatever the initializer and the tasks of this worker want to keep, as attributes.
