@@ -20,7 +20,11 @@ from nbclient import NotebookClient
 from traitlets.config import Config
 
 DEADLINE = 120
-WHO = "print('PIDS', *[worker.pid for worker in pool.stats().workers], os.getppid())"
+WHO = """
+while not all(worker.pid for worker in pool.stats().workers):
+    pass  # they are started in the background
+print("PIDS", *(worker.pid for worker in pool.stats().workers))
+"""
 BAR = "import tpool\nwith tpool.Pool(1) as pool:\n    pool.map(abs, range(7), progress=True)"
 HIDE_WIDGETS = "import sys\nsys.modules['ipywidgets'] = None"
 
@@ -58,7 +62,7 @@ async def ask(client: Client, source: str) -> str:
 
 async def who(client: Client) -> list[int]:
     """Ids of the workers' processes."""
-    return [int(pid) for pid in (await ask(client, WHO)).partition("PIDS")[2].split()[:-1]]
+    return [int(pid) for pid in (await ask(client, WHO)).partition("PIDS")[2].split()]
 
 
 def gone(pids: list[int]) -> bool:
