@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
 import os
 import re
 import signal
+import time
 
 import pool_tasks as tasks
 import pytest
@@ -12,6 +15,7 @@ import torch
 from support import wait_until
 
 import tpool
+from tpool.local import stacks
 
 DEADLINE = 30
 
@@ -179,3 +183,38 @@ def test_time_of_transfers_of_all_workers_of_a_place():
         assert worker.busy_seconds - worker.transfer_seconds >= 0.06
         assert worker.restarts >= 2
         assert now.idle_seconds == sum(worker.idle_seconds for worker in now.workers) > 0
+
+
+def answer_haltingly(fd, name, pause, ready):
+    """In a forked process: as faulthandler for a thread in a function of this name, but with a pause in the middle."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [stacks.SIGNAL])
+    signal.signal(stacks.SIGNAL, lambda *_: None)  # or it would not be asked
+    os.write(ready, b"r")
+    for number in itertools.count():
+        signal.sigwait([stacks.SIGNAL])
+        os.write(fd, b"Current thread 0x00001 (most recent call first):\n")
+        time.sleep(0.02 if number % 2 else pause)
+        os.write(fd, f'  File "{name}.py", line {number} in {name}\n'.encode())
+
+
+def test_no_workers_stack_is_told_as_anothers():
+    asked, fork = stacks.Stacks(), multiprocessing.get_context("fork")
+    reader, ready = os.pipe()
+    arguments = [(asked.fd, "one", 0.0, ready), (asked.fd, "other", 0.04, ready)]
+    workers = [fork.Process(target=answer_haltingly, args=each) for each in arguments]
+    for worker in workers:
+        worker.start()
+        assert os.read(reader, 1) == b"r"
+    try:
+        for _ in range(3):
+            answers = [asked.ask(worker.pid) for worker in workers]
+            assert ["one.py" in answers[0], "other.py" in answers[0]] == [True, False]
+            assert ["one.py" in answers[1], "other.py" in answers[1]] == [False, True]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.join()
+            worker.close()
+        asked.close()
+        os.close(reader)
+        os.close(ready)

@@ -28,6 +28,10 @@ ANSWER_SECONDS = 1.0
 """A worker answers within a millisecond where it has a CPU. Longer: a report on many stopped workers takes longer.
 Shorter: on a busy machine a stack may be missing."""
 
+QUIET_SECONDS = 0.05
+"""So long nothing comes when an answer is over. Longer: a report on many busy workers takes longer. Shorter: on a busy
+machine the end of one worker's stack may be told as the next one's."""
+
 _THREAD = re.compile(rb"^(?:Current thread|Thread) (0x[0-9a-f]+)", re.MULTILINE)
 _READ_NBYTES = 1 << 16
 
@@ -71,14 +75,29 @@ class Stacks:
         deadline = monotonic() + ANSWER_SECONDS
         text = b""
         while (left := deadline - monotonic()) > 0:
-            ready = dict(poll.poll(left * 1000))
+            ready = dict(poll.poll(min(left, QUIET_SECONDS) * 1000))
+            if text and not ready:
+                # Two threads took a signal each, at the same time: then faulthandler answers only one of them.
+                signal.pidfd_send_signal(pidfd, SIGNAL)
             text += self._read()
             end = _first_end(text)
             if end is not None:
+                self._read_rest(poll, text[:end], text[end:])
                 return text[:end].decode(errors="replace").rstrip()
             if pidfd in ready:
                 break
         return None
+
+    def _read_rest(self, poll: select.poll, first: bytes, second: bytes) -> None:
+        """Read the second answer to its end, or it would be taken for that of the worker who is asked next.
+
+        It is over when it says what the first one said, which was not cut off by anything, or when nothing more comes.
+        """
+        deadline = monotonic() + ANSWER_SECONDS
+        while second.rstrip() != first.rstrip() and monotonic() < deadline:
+            if not dict(poll.poll(QUIET_SECONDS * 1000)).get(self._read_fd):
+                return
+            second += self._read()
 
     def _read(self) -> bytes:
         chunks = []
