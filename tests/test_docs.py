@@ -20,7 +20,8 @@ MODULES = ["", "batches", "imaps", "maps", "memory", "pool", "seeing", "sizing",
 
 
 @pytest.mark.parametrize("name", [f"tpool.{name}".rstrip(".") for name in MODULES])
-def test_the_examples_in_docstrings(name):
+def test_the_examples_in_docstrings(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some write files
     names = {"asyncio": asyncio, "itertools": itertools, "time": time, "torch": torch, "tpool": tpool}
     outcome = doctest.testmod(importlib.import_module(name), extraglobs=names)
     assert outcome.attempted
