@@ -33,7 +33,8 @@ def modules_with_examples() -> list[str]:
 
 
 @pytest.mark.parametrize("name", modules_with_examples())
-def test_the_examples_in_docstrings(name):
+def test_the_examples_in_docstrings(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some write files
     names = {"asyncio": asyncio, "itertools": itertools, "time": time, "torch": torch, "tpool": tpool}
     outcome = doctest.testmod(importlib.import_module(name), extraglobs=names)
     assert outcome.attempted

@@ -371,8 +371,19 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     # Growing and shrinking ---------------------------------------------------------------------------------------
 
-    @rule(processes=st.sampled_from([1, 1, 2, 3, 4, 6]))
-    def resize(self, processes: int) -> None:
+    @rule(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=3))
+    def resize(self, sizes: list[int]) -> None:
+        for processes in sizes:
+            self.resize_to(processes)
+            self.settle_accounts()
+
+    @precondition(lambda self: len(self.loaded()) > 1)
+    @rule(processes=st.integers(1, 2))
+    def shrink_the_busy(self, processes: int) -> None:
+        """Somebody who is sent ahead has to go."""
+        self.resize_to(processes)
+
+    def resize_to(self, processes: int) -> None:
         before = dict(self.workers)
         if not self.over():
             self.processes = processes
@@ -818,6 +829,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 if worker.slot not in self.kept and worker.state not in ("retiring", "killed"):
                     assert worker in self.leaving
                     assert worker.held or worker.state != "ready", "who is to leave and holds nothing was not told"
+                    started = max(1, worker.started)
+                    assert worker.state != "ready" or len(worker.held) <= started, "who is to leave keeps the rest"
         # Nobody is idle while something waits for him.
         assert not (self.idle() and self.waiting()), "a task waits while a worker is idle"
         if self.max_tasks is not None:
