@@ -53,23 +53,35 @@ ROWS = [
         "tpool.local.starring",
         "tpool.local.story",
         "tpool.local.weight",
+        "tpool.ray.codec",
+        "tpool.ray.private",
+        "tpool.ray.spec",
     ],
-    ["tpool.local.wire", "tpool.local.lifetime", "tpool.local.logs", "tpool.local.seat"],
+    [
+        "tpool.local.wire",
+        "tpool.local.lifetime",
+        "tpool.local.logs",
+        "tpool.local.outcomes",
+        "tpool.local.seat",
+        "tpool.ray.cluster",
+        "tpool.ray.parcels",
+    ],
     ["tpool.local.identity"],
-    ["tpool.local.calls"],
-    ["tpool.local.worker"],
-    ["tpool.local.process"],
+    ["tpool.local.calls", "tpool.ray.answers"],
+    ["tpool.local.worker", "tpool.ray.tasks"],
+    ["tpool.local.process", "tpool.ray.actor"],
     ["tpool.local.zygote"],
     ["tpool.local.shared_zygote"],
     ["tpool.local.launch"],
     ["tpool.local.setup"],
-    ["tpool.engine"],
-    ["tpool.local.orders"],
-    ["tpool.local.member"],
+    ["tpool.engine", "tpool.ray.settings"],
+    ["tpool.local.orders", "tpool.ray.member"],
+    ["tpool.local.member", "tpool.ray.looks", "tpool.ray.orders"],
     ["tpool.local.hunger", "tpool.local.lingering", "tpool.local.loans", "tpool.local.poller"],
     ["tpool.local.encoding", "tpool.local.lending"],
-    ["tpool.local.looks"],
-    ["tpool.local.engine"],
+    ["tpool.local.looks", "tpool.ray.starting"],
+    ["tpool.local.engine", "tpool.ray.engine"],
+    ["tpool.ray.making"],
     ["tpool.results", "tpool.stats"],
     ["tpool.failures", "tpool.loops"],
     ["tpool.futures", "tpool.streams"],
@@ -86,7 +98,7 @@ ROWS = [
     ["tpool"],
 ]
 ROW_OF = {name: number for number, row in enumerate(ROWS) for name in row}
-PACKAGES = {"tpool.tensors", "tpool.local"}
+PACKAGES = {"tpool.tensors", "tpool.local", "tpool.ray"}
 # What a pure module may not touch.
 IMPURE = {"os", "time", "threading", "torch", "logging", "socket", "select", "multiprocessing"}
 PURE_NAMES = ["errors", "messages", "deadlines", "roster", "dispatch", "jobs", "killing", "scheduler"]

@@ -18,6 +18,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from tpool import options
 from tpool.batches import BatchCalls
+from tpool.engine import Engine
 from tpool.errors import WorkerLostError
 from tpool.executor import PoolExecutor
 from tpool.futures import AsyncResult
@@ -30,6 +31,8 @@ from tpool.local.lifetime import Lifetime
 from tpool.local.setup import Settings, check_platform, refuse_fork_after_cuda
 from tpool.messages import JobId, PoolClosed
 from tpool.opening import Opener
+from tpool.ray.making import check_engine, make_engine, refuse_local_options
+from tpool.ray.spec import RayEngine
 from tpool.results import Callbacks, finish
 from tpool.scheduler import Scheduler
 from tpool.seeing import Seen
@@ -94,6 +97,9 @@ class Pool(StreamCalls, BatchCalls, Seen):
             logger's) is handled here, by the loggers of the same names, in a thread of the pool's; a record's
             ``processName`` and ``worker`` tell where it comes from. In the workers it replaces the root logger's
             handlers and level.
+        engine: what runs the workers: ``"local"``, processes of this machine; ``"ray"``, actors on a cluster; or a
+            ``tpool.RayEngine`` that says where and with which resources. On Ray tensors travel by copy, a pool without
+            ``processes`` is as large as the cluster, and what has no meaning there is refused.
 
     ``timeout``, ``retries`` and ``retry_on`` can be given to each call, too, which then go before these.
 
@@ -113,7 +119,7 @@ class Pool(StreamCalls, BatchCalls, Seen):
         *,
         preload: Iterable[str] = (),
         memory: int | str | None = None,
-        sharing: str = "share",
+        sharing: str | None = None,
         timeout: float | None = None,
         retries: int = 0,
         retry_on: RetryOn = WorkerLostError,
@@ -124,41 +130,60 @@ class Pool(StreamCalls, BatchCalls, Seen):
         devices: Iterable[str] | None = None,
         max_memory: int | str | None = None,
         forward_logs: bool | int | str = False,
+        engine: str | RayEngine = "local",
     ) -> None:
         check_platform()
         self._limits = Limits(timeout, retries, retry_on)
         seed = options.check_seed(seed)
         max_tasks = options.check_max_tasks(maxtasksperchild)
+        spec = check_engine(engine)
+        if spec is not None:
+            given = {"context": context, "memory": memory, "sharing": sharing, "affinity": affinity}
+            refuse_local_options({**given, "devices": devices, "forward_logs": forward_logs})
         method = options.start_method(context)
-        settings = Settings(
-            processes=options.check_processes(processes),
-            method=method,
-            initializer=_with_exit(options.check_initializer(initializer), options.check_worker_exit(worker_exit)),
-            initargs=tuple(initargs),
-            preload=options.check_preload(preload),
-            memory_nbytes=options.parse_nbytes(memory),
-            sharing=options.check_sharing(sharing),
-            steering=options.check_steering(threads, affinity, devices, max_memory, method),
-            log_level=options.check_log_level(forward_logs),
-        )
-        refuse_fork_after_cuda(settings.method)
-        self._processes = settings.processes
+        steering = options.check_steering(threads, affinity, devices, max_memory, method)
+        lifetime = _with_exit(options.check_initializer(initializer), options.check_worker_exit(worker_exit))
+        self._engine: Engine
+        if spec is None:
+            settings = Settings(
+                processes=options.check_processes(processes),
+                method=method,
+                initializer=lifetime,
+                initargs=tuple(initargs),
+                preload=options.check_preload(preload),
+                memory_nbytes=options.parse_nbytes(memory),
+                sharing=options.check_sharing(sharing or "share"),
+                steering=steering,
+                log_level=options.check_log_level(forward_logs),
+            )
+            refuse_fork_after_cuda(method)
+            self._processes, memory_nbytes = settings.processes, settings.memory_nbytes
+            self._engine = LocalEngine(settings)
+        else:
+            self._engine, self._processes, memory_nbytes = make_engine(
+                spec,
+                None if processes is None else options.check_processes(processes),
+                lifetime,
+                tuple(initargs),
+                preload=options.check_preload(preload),
+                threads=steering.threads,
+                max_memory_nbytes=steering.max_memory_nbytes,
+            )
         name = f"tpool-{next(_pool_numbers)}"
         self._callbacks = Callbacks(name)
-        self._engine = LocalEngine(settings)
-        scheduler = Scheduler(settings.processes, max_tasks)
+        scheduler = Scheduler(self._processes, max_tasks)
         self._handler = Handler(self._engine, scheduler, self._callbacks, name)
         self._gate = Gate(self._handler)
         self._opener = Opener(
             self._engine,
             self._handler,
             self._gate,
-            settings.processes,
+            self._processes,
             max_tasks,
-            settings.memory_nbytes // STREAM_SHARE,
+            memory_nbytes // STREAM_SHARE,
             seed,
         )
-        description = f"<tpool.Pool pool_size={settings.processes} of process {os.getpid()}>"
+        description = f"<tpool.Pool pool_size={self._processes} of process {os.getpid()}>"
         weakref.finalize(self, self._handler.forget_pool, description).atexit = False
         self._handler.start()
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from tpool import report
+from tpool.engine import Engine
 from tpool.handler import Handler
-from tpool.local.engine import LocalEngine
 from tpool.maps import Calls
 from tpool.stats import PoolStats
 
@@ -14,7 +14,7 @@ __all__ = ["Seen"]
 class Seen(Calls):
     """``stats``, ``report``, and how a pool shows itself. Pools have these methods; nothing else does."""
 
-    _engine: LocalEngine
+    _engine: Engine
     _handler: Handler
 
     def stats(self) -> PoolStats:

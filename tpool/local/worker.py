@@ -22,21 +22,20 @@ import pickle
 import select
 import socket
 import threading
-import traceback
 from collections import deque
 from time import perf_counter
 from typing import Any, cast
 
-from tpool.errors import DecodeError, MaybeEncodingError, ProtocolError, TpoolError
+from tpool.errors import DecodeError, ProtocolError
 from tpool.local import identity, wire
 from tpool.local.calls import JobCalls, apply_call
 from tpool.local.channel import Channel, Frame
 from tpool.local.faltering import Faltered
 from tpool.local.lifetime import Lifetime
 from tpool.local.outbox import Outboxes
+from tpool.local.outcomes import encode_error, encode_value
 from tpool.local.retirement import end_program
 from tpool.local.stacks import tell_on_signal
-from tpool.local.story import format_remote, safe_repr
 from tpool.local.weight import Weight
 from tpool.local.wire import Kind, Mode, Status
 from tpool.tensors import leases
@@ -44,7 +43,6 @@ from tpool.tensors.arena import Allocator, Arena, Ledger
 from tpool.tensors.leases import Memory, Peer
 from tpool.tensors.payload import GroupId, Payload, Received
 from tpool.tensors.pickler import Codec
-from tpool.tensors.plain import dumps_plain
 
 # Plain numbers: an enum's attribute costs more than the comparison, and these are looked at for each task.
 _PLAIN_TASKS = int(Kind.PLAIN_TASKS)
@@ -279,14 +277,14 @@ class Worker:
         tb = ""
         kind = Kind.RESULT
         try:
-            payload = self._encode_value(self._call(job, received))
+            payload = encode_value(self._codec, self._call(job, received))
             status = _VALUE
         except BaseException as error:
             if type(error) is Faltered:
                 error, kind = error.error, Kind.FALTERED
             if isinstance(error, DecodeError) and error.__cause__ is None:
                 error.__cause__ = self._group_error
-            payload, tb = self._encode_error(error)
+            payload, tb = encode_error(self._codec, error)
             status = _ERROR
         del received  # the arguments' leases end before the reply, so that they are given back with it
         if os.getpid() != self._pid:
@@ -315,29 +313,8 @@ class Worker:
 
     # Replying ------------------------------------------------------------------------------------------------------
 
-    def _encode_value(self, value: Any) -> Payload | bytes:
-        try:
-            stream = dumps_plain(value)
-            return self._codec.dumps(value) if stream is None else stream
-        except TpoolError:
-            raise  # tells what cannot travel, and why, better than we could
-        except Exception as error:
-            raise MaybeEncodingError(error, safe_repr(value)) from error
-
-    def _encode_error(self, error: BaseException) -> tuple[Payload, str]:
-        """An exception as (payload, traceback text)."""
-        tb = format_remote(error)
-        try:
-            payload = self._codec.dumps(error)
-        except Exception as reason:
-            payload = self._codec.dumps(MaybeEncodingError(reason, safe_repr(error)))
-        # The frames of the traceback hold the task's arguments.
-        traceback.clear_frames(error.__traceback__)
-        error.__traceback__ = None
-        return payload, tb
-
     def _reply_failed_initializer(self, error: BaseException) -> None:
-        payload, tb = self._encode_error(error)
+        payload, tb = encode_error(self._codec, error)
         text = tb.encode(errors="backslashreplace")
         self._reply(Kind.INITIALIZER_FAILED, wire.pack_count(len(text)) + text, payload)
 

@@ -105,7 +105,7 @@ class Outgoing:
 
     def again(self) -> Outgoing:
         """The one to use for the next try after ``Overlap``."""
-        fresh = Outgoing(self.memory, self.sharing, can_swap=self.can_swap, token=self._token)
+        fresh = type(self)(self.memory, self.sharing, can_swap=self.can_swap, token=self._token)
         fresh._whole = self._whole
         return fresh
 
@@ -165,8 +165,7 @@ class Outgoing:
             if start < last and first < stop:
                 self._whole.add(key)
                 raise Overlap
-        block = self.memory.allocate(stop - start)
-        copy_bytes(storage, start, block)
+        block = self._snapshot(storage, start, stop - start)
         self._met.append(storage)
         self.blocks.append(block)
         regions.append((start, stop, len(self.blocks) - 1))
@@ -210,9 +209,18 @@ class Outgoing:
         if storage._cdata in self._regions:  # a view of it was sent alone
             self._whole.add(storage._cdata)
             raise Overlap
-        block = self.memory.allocate(storage.nbytes())
-        copy_bytes(storage, 0, block)
-        return self._add(storage, block)
+        return self._add(storage, self._snapshot(storage, 0, storage.nbytes()))
+
+    def _snapshot(self, storage: torch.UntypedStorage, start: int, nbytes: int) -> Block:
+        block = self.memory.allocate(nbytes)
+        copy_bytes(storage, start, block)
+        return block
+
+    def place_buffer(self, raw: memoryview) -> Block:
+        """A block with the bytes of a buffer that is no storage, such as that of a numpy array."""
+        block = self.memory.allocate(raw.nbytes)
+        block.view[:] = raw
+        return block
 
     def _place_without_swap(self, storage: torch.UntypedStorage, tensor: torch.Tensor | None) -> int | None:
         """Older torch frees the memory that it moves: a storage that numpy or DLPack may know stays, and is copied.

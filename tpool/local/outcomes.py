@@ -1,0 +1,43 @@
+"""A task's outcome becomes a payload; what cannot be pickled becomes the reason why."""
+
+from __future__ import annotations
+
+import traceback
+from typing import Any
+
+from tpool.errors import MaybeEncodingError, TpoolError
+from tpool.local.story import format_remote, safe_repr
+from tpool.tensors.payload import Payload
+from tpool.tensors.pickler import Codec
+from tpool.tensors.plain import dumps_plain
+
+__all__ = ["encode_error", "encode_value"]
+
+
+def encode_value(codec: Codec, value: Any) -> Payload | bytes:
+    """What a task returned.
+
+    Raises:
+        TpoolError: it holds something that cannot travel.
+        MaybeEncodingError: it cannot be pickled.
+    """
+    try:
+        stream = dumps_plain(value)
+        return codec.dumps(value) if stream is None else stream
+    except TpoolError:
+        raise  # tells what cannot travel, and why, better than we could
+    except Exception as error:
+        raise MaybeEncodingError(error, safe_repr(value)) from error
+
+
+def encode_error(codec: Codec, error: BaseException) -> tuple[Payload, str]:
+    """What a task raised, as (payload, traceback text)."""
+    tb = format_remote(error)
+    try:
+        payload = codec.dumps(error)
+    except Exception as reason:
+        payload = codec.dumps(MaybeEncodingError(reason, safe_repr(error)))
+    # The frames of the traceback hold the task's arguments.
+    traceback.clear_frames(error.__traceback__)
+    error.__traceback__ = None
+    return payload, tb
