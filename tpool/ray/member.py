@@ -4,7 +4,8 @@
                                                                                       │
                    ``live`` fails, whatever it is doing, and every call it holds fails too ─► it is gone
 
-Calls are answered in the order in which they were made. The end is believed when ``live`` and all calls have come to
+Calls are worked on in the order in which they were made, but Ray may call back in another: an answer that comes early
+waits for those before it. The end is believed when ``live`` and all calls have come to
 theirs: what was answered before the death is delivered before it.
 """
 
@@ -68,12 +69,14 @@ class SentCall:
         number: counts the member's calls from 1.
         count: how many of its tasks were neither answered nor taken back.
         buffers: Ray's reference to the buffers of its results.
+        outcome: what it came to, while that waits for earlier calls.
         open: it has not ended, one way or the other.
     """
 
     number: int
     count: int
     buffers: Any = None
+    outcome: Any = None
     open: bool = True
 
 
@@ -180,27 +183,36 @@ class Member:
         """Take note of the end of a call."""
         if kind == "live":
             self.ended = True
-        if isinstance(value, BaseException):
-            self._hear_failure(kind, call, value)
+        if kind == "run":
+            assert call is not None
+            call.outcome = value
+            self._hear_in_order(events)
+        elif isinstance(value, BaseException):
+            self._hear_failure(value)
         elif kind == "hello":
             self.pid, self.node = value
             self.record.pid = self.pid
             logger.info("%s started, pid %d on node %s", self, *value)
         elif kind == "begin":
             self._hear_begun(value, call, events)
-        elif kind == "run":
-            assert call is not None
-            self._hear_reply(value, call, events)
         elif kind == "recall":
             self._hear_recalled(value, events)
         elif kind == "retire":
             self._hear_retired(value)
 
-    def _hear_failure(self, kind: str, call: SentCall | None, error: BaseException) -> None:
+    def _hear_in_order(self, events: list[Event]) -> None:
+        for call in [each for each in self.calls.values() if each.open]:
+            if call.outcome is None:
+                return
+            outcome, call.outcome, call.open = call.outcome, None, False
+            if isinstance(outcome, BaseException):
+                self._hear_failure(outcome)  # what it holds is lost with the worker
+            else:
+                self._hear_reply(outcome, call, events)
+
+    def _hear_failure(self, error: BaseException) -> None:
         if not self.story and self.exitcode is None:
             self.story = _story_of(error, self.shared.ray)
-        if call is not None:
-            call.open = False  # what it holds is lost with the worker
         if not self.ended and not isinstance(error, self.shared.ray.exceptions.RayActorError):
             # It lives, but what it had to do failed in Ray's hands: an argument that was lost, memory, a bug of ours.
             self.kill()
@@ -217,7 +229,6 @@ class Member:
         events.append(WorkerBecameReady(self.id))
 
     def _hear_reply(self, reply: Reply, call: SentCall, events: list[Event]) -> None:
-        call.open = False
         results: list[tuple[JobId, int, Any, float]] = []
         for answer in reply.answers:
             job, index, status, seconds = answer[:4]

@@ -57,6 +57,7 @@ class Starting:
             "num_gpus": spec.num_gpus,
             "max_restarts": 0,
             "max_task_retries": 0,
+            "allow_out_of_order_execution": False,
             "scheduling_strategy": "SPREAD",
         }
         if spec.resources:
