@@ -1,7 +1,7 @@
 """What the tests on Ray share: a Ray of their own, and a look at what a pool has left there.
 
-Ray keeps threads, connections and idle processes for as long as it is connected, so these tests do without the check of
-every test for leaks (``leaves``) and look for what is tpool's: actors and threads.
+Ray keeps threads, connections and idle processes for as long as it is connected, so these tests do without the check
+of every test for leaks (``leaves``) and look for what is tpool's: actors and threads.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ DEADLINE = 60.0
 def started_ray(**more: Any) -> Iterator[Any]:
     """Start a Ray on the loopback interface, and stop it."""
     import ray
+
     from tpool.ray.cluster import _on_loopback
 
     options = {"num_cpus": 4, "object_store_memory": 400 << 20, **more}
@@ -56,16 +57,17 @@ def _is_ours(raylet: int) -> bool:
     return False
 
 
-def expect_nothing_left(threads: set[threading.Thread]) -> None:
+def expect_nothing_left(threads: set[threading.Thread], actors: frozenset[int] | set[int] = frozenset()) -> None:
     """Assert that actors and threads of pools are gone.
 
     Args:
         threads: those that there were before.
+        actors: likewise.
     """
 
     def left() -> list[str]:
         names = [thread.name for thread in threading.enumerate() if thread not in threads]
-        return [name for name in names if name.startswith("tpool")] + [f"actor {pid}" for pid in actor_pids()]
+        return [name for name in names if name.startswith("tpool")] + [f"actor {pid}" for pid in actor_pids() - actors]
 
     try:
         wait_until(lambda: not left(), DEADLINE)

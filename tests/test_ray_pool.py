@@ -6,6 +6,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import pool_tasks as tasks
 import pytest
 import torch
 from ray_support import REASON, actor_pids, expect_nothing_left
-from support import wait_until
+from support import process_info, wait_until
 
 import tpool
 
@@ -105,7 +106,7 @@ def test_what_cannot_travel_is_that_calls_own_failure(pool: tpool.Pool) -> None:
 
 def test_functions_of_main_share_one_namespace(pool: tpool.Pool) -> None:
     source = "def remember(x):\n    global seen\n    seen = x\n\ndef recall():\n    return seen\nseen = None\n"
-    main = __import__("sys").modules["__main__"]
+    main = sys.modules["__main__"]
     exec(source, vars(main))
     try:
         with tpool.Pool(1, engine=ENGINE) as single:
@@ -283,9 +284,11 @@ def test_the_life_of_a_worker(local_ray: Any, tmp_path: Path) -> None:
 
 
 def test_an_initializer_that_raises_ends_the_pool(local_ray: Any) -> None:
-    with tpool.Pool(2, tasks.raise_if_not, (False,), engine=ENGINE) as pool:
-        with pytest.raises(RuntimeError, match="failed as asked"):
-            pool.map(tasks.double, range(4))
+    with (
+        tpool.Pool(1, tasks.raise_if_not, (False,), engine=ENGINE) as pool,
+        pytest.raises(RuntimeError, match="failed as asked"),
+    ):
+        pool.map(tasks.double, range(4))
 
 
 def test_a_worker_that_grows_too_heavy_is_replaced(local_ray: Any) -> None:
@@ -295,10 +298,14 @@ def test_a_worker_that_grows_too_heavy_is_replaced(local_ray: Any) -> None:
 
 
 def test_the_surroundings_of_a_worker(pool: tpool.Pool) -> None:
-    seen = pool.apply(tasks.surroundings)
-    assert seen["cwd"] == os.getcwd()
-    assert set(__import__("sys").path) <= {*seen["path"], ""}
-    assert (seen["info"].id in (0, 1), seen["info"].num_workers, seen["threads"]) == (True, 2, 1)
+    directory, path, info, threads = pool.apply(surroundings)
+    assert directory == os.getcwd()
+    assert set(sys.path) <= {*path, ""}
+    assert (info.id in (0, 1), info.num_workers, threads) == (True, 2, 1)
+
+
+def surroundings() -> Any:
+    return os.getcwd(), list(sys.path), tpool.get_worker_info(), torch.get_num_threads()
 
 
 def test_options_that_mean_nothing_on_ray_are_refused(local_ray: Any) -> None:
@@ -323,16 +330,18 @@ def test_a_pool_is_as_large_as_the_cluster(local_ray: Any) -> None:
 
 def test_waiting_for_resources_ends(local_ray: Any, caplog: pytest.LogCaptureFixture) -> None:
     engine = tpool.RayEngine(num_cpus=1000, start_timeout=0.2)
-    with tpool.Pool(1, engine=engine) as pool:
-        with pytest.raises(tpool.WorkerStartError, match="each needs 1000 CPU.*of 4 CPU"):
-            pool.map(tasks.double, [1])
+    with (
+        tpool.Pool(1, engine=engine) as pool,
+        pytest.raises(tpool.WorkerStartError, match=r"each needs 1000 CPU.*of 4 CPU"),
+    ):
+        pool.map(tasks.double, [1])
 
 
 # The end ------------------------------------------------------------------------------------------------------------
 
 
 def test_terminate_ends_running_tasks(local_ray: Any, tmp_path: Path) -> None:
-    threads = set(threading.enumerate())
+    threads, actors = set(threading.enumerate()), actor_pids()
     pool = tpool.Pool(1, engine=ENGINE)
     result = pool.apply_async(tasks.tell_pid_and_hang, (str(tmp_path / "pid"),))
     wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), DEADLINE)
@@ -340,9 +349,10 @@ def test_terminate_ends_running_tasks(local_ray: Any, tmp_path: Path) -> None:
     with pytest.raises(tpool.PoolTerminatedError):
         result.get(DEADLINE)
     pool.join()
-    del pool, result
-    wait_until(lambda: not os.path.exists(f"/proc/{(tmp_path / 'pid').read_text()}"), DEADLINE)
-    del threads
+    pid = int((tmp_path / "pid").read_text())
+    wait_until(lambda: process_info(pid) is None, DEADLINE)
+    del pool
+    expect_nothing_left(threads, actors)
 
 
 def test_ctrl_c_ends_a_map(pool: tpool.Pool) -> None:

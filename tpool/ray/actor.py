@@ -1,13 +1,12 @@
 """The actor of Ray that is a worker: ``TaskRunner`` in Ray's clothes.
 
 Three concurrency groups of one thread each: tasks run in the default one; ``control`` answers while they run; ``life``
-holds one call that never returns, whose failure tells the pool that this worker is gone.
+holds one call that is always pending, whose failure tells the pool that this worker is gone.
 """
 
 from __future__ import annotations
 
 import os
-import threading
 from typing import Any
 
 from tpool.ray.tasks import Call, Hello, Reply, TaskRunner
@@ -47,9 +46,9 @@ class ActorBody:
         """See TaskRunner."""
         return self._runner.stack()
 
-    def live(self) -> None:
-        """Never returns."""
-        threading.Event().wait()
+    def live(self) -> tuple[Reply, list[Any] | None]:
+        """See TaskRunner; always pending, so that its failure tells of this worker's end."""
+        return self._runner.live()
 
 
 def actor_class(ray: Any) -> Any:

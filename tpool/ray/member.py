@@ -69,6 +69,8 @@ class SentCall:
         number: counts the member's calls from 1.
         count: how many of its tasks were neither answered nor taken back.
         buffers: Ray's reference to the buffers of its results.
+        early: answers that were given before its end and have come, each with the reference to their buffers.
+        early_heard: how many of these were heard.
         outcome: what it came to, while that waits for earlier calls.
         open: it has not ended, one way or the other.
     """
@@ -76,6 +78,8 @@ class SentCall:
     number: int
     count: int
     buffers: Any = None
+    early: list[tuple[Reply, Any]] = field(default_factory=list)
+    early_heard: int = 0
     outcome: Any = None
     open: bool = True
 
@@ -126,8 +130,12 @@ class Member:
 
     def watch(self) -> None:
         """Be told of its process, and of its end."""
-        self._ask("live", self.actor.live.options(concurrency_group="life").remote())
+        self._stay_informed()
         self._ask("hello", self.actor.hello.remote())
+
+    def _stay_informed(self) -> None:
+        reply, buffers = self.actor.live.options(concurrency_group="life", num_returns=2).remote()
+        self._ask("live", reply, SentCall(0, 0, buffers))
 
     def begin(self, hello: Any, call: Call, refs: list[Any]) -> None:
         """Have it become a worker."""
@@ -182,8 +190,8 @@ class Member:
     def hear(self, kind: str, call: SentCall | None, value: Any, events: list[Event]) -> None:
         """Take note of the end of a call."""
         if kind == "live":
-            self.ended = True
-        if kind == "run":
+            self._hear_early(value, call, events)
+        elif kind == "run":
             assert call is not None
             call.outcome = value
             self._hear_in_order(events)
@@ -200,15 +208,34 @@ class Member:
         elif kind == "retire":
             self._hear_retired(value)
 
+    def _hear_early(self, value: Any, call: SentCall | None, events: list[Event]) -> None:
+        if isinstance(value, BaseException):
+            self.ended = True
+            self._hear_failure(value)
+        else:
+            assert call is not None
+            self.calls[value.number].early.append((value, call.buffers))
+            self._stay_informed()
+        self._hear_in_order(events)
+
     def _hear_in_order(self, events: list[Event]) -> None:
         for call in [each for each in self.calls.values() if each.open]:
+            for reply, buffers in call.early:
+                call.early_heard += 1
+                self._hear_answers(reply, buffers, call, events)
+            call.early.clear()
             if call.outcome is None:
                 return
+            if isinstance(call.outcome, Reply) and call.outcome.early > call.early_heard:
+                if not self.ended:
+                    return
+                call.outcome = self.shared.ray.exceptions.RayActorError()  # with its first answers, all are lost
             outcome, call.outcome, call.open = call.outcome, None, False
             if isinstance(outcome, BaseException):
                 self._hear_failure(outcome)  # what it holds is lost with the worker
             else:
                 self._hear_reply(outcome, call, events)
+                self._settle(call, 0)
 
     def _hear_failure(self, error: BaseException) -> None:
         if not self.story and self.exitcode is None:
@@ -220,7 +247,7 @@ class Member:
     def _hear_begun(self, value: Reply, call: SentCall | None, events: list[Event]) -> None:
         assert call is not None
         if value.answers:
-            events.append(InitializerFailed(self.id, self._result(value.answers[0], call)))
+            events.append(InitializerFailed(self.id, self._result(value.answers[0], call.buffers)))
             self.kill()
             return
         self.ready = True
@@ -229,10 +256,17 @@ class Member:
         events.append(WorkerBecameReady(self.id))
 
     def _hear_reply(self, reply: Reply, call: SentCall, events: list[Event]) -> None:
+        self._hear_answers(reply, call.buffers, call, events)
+        if reply.excess is not None:
+            self.story = f"left, as its private memory of {reply.excess / 1e6:.0f} MB was too much"
+            self.exitcode, self.leaving = 0, True
+            self.retire()
+
+    def _hear_answers(self, reply: Reply, buffers: Any, call: SentCall, events: list[Event]) -> None:
         results: list[tuple[JobId, int, Any, float]] = []
         for answer in reply.answers:
             job, index, status, seconds = answer[:4]
-            result = self._result(answer, call)
+            result = self._result(answer, buffers)
             self.record.tasks_done += 1
             self.record.busy_seconds += seconds
             if status != "faltered":
@@ -244,21 +278,17 @@ class Member:
             events.append(TaskFaltered(self.id, JobId(job), index, result, seconds))
         if results:
             events.append(TasksFinished(self.id, results))
-        if reply.excess is not None:
-            self.story = f"left, as its private memory of {reply.excess / 1e6:.0f} MB was too much"
-            self.exitcode, self.leaving = 0, True
-            self.retire()
         # What it did not start is given back by `recall`, or at its end.
-        self._settle(call, len(reply.answers))
+        call.count -= len(reply.answers)
 
-    def _result(self, answer: Answer, call: SentCall) -> Any:
+    def _result(self, answer: Answer, buffers: Any) -> Any:
         _, _, status, seconds, text, payload, count = answer
         wired: parcels.Wired = (payload, (), -1) if isinstance(payload, bytes) else payload
         stream, inline, place = wired
         nbytes = len(stream or b"") + sum(map(len, inline))
         self.record.piped_nbytes += nbytes
         shared = self.shared
-        ref = call.buffers if place >= 0 else None
+        ref = buffers if place >= 0 else None
         result = RayResult(status != "value", wired, count, ref, nbytes, seconds, text, shared.codec, shared.memory,
                            shared.ray.get)  # fmt: skip
         if ref is not None:

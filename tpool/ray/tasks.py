@@ -2,8 +2,11 @@
 
     call ─► news (definitions, functions, objects) ─► queue of tasks ─► decode ─► call ─► encode ─► answers
 
-Tasks run in one thread, that of Ray's default concurrency group; ``recall`` and ``stack`` come in another. What a call
-brings is begun or recalled under one lock, so that each task is either started here or taken back.
+Tasks run in one thread, that of Ray's default concurrency group; ``recall`` and ``stack`` come in another, ``live`` in
+a third. What a call brings is begun or recalled under one lock: each task is either started here or taken back.
+
+A call answers when all its tasks have run. If one of them takes long, the answers of those before it would wait with
+it; so ``live``, a call that is always pending, returns them early.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import pickle
 import random
 import sys
 import threading
+import time
 import traceback
 import types
 from collections import deque
@@ -90,12 +94,21 @@ class Reply:
     """The answer to one call.
 
     Attributes:
-        answers: of the tasks that ran, in order.
+        answers: of the tasks that ran, in order; without those that were given early.
+        number: of the call.
+        early: how often answers were given early.
         excess: the worker's private memory, in bytes, if that is too much: it runs nothing more.
     """
 
     answers: list[Answer] = field(default_factory=list)
+    number: int = 0
+    early: int = 0
     excess: int | None = None
+
+
+EARLY_SECONDS = 0.01
+"""How often it is looked whether a task keeps the answers of others waiting, while calls of several tasks come. More
+often: the look takes the interpreter from the tasks. Less often: those answers come later."""
 
 
 class TaskRunner:
@@ -110,11 +123,14 @@ class TaskRunner:
         self._leaving = False
         self._group_error: DecodeError | None = None
         self._memory = PrivateMemory(0)
-        self._lock = threading.Lock()  # guards the next four
+        self._lock = threading.Lock()  # guards the next six
+        self._reply = Reply()  # of the call that was begun last, and its buffers
+        self._buffers: list[Any] = []
         self._begun = 0  # the number of the call that was begun last
         self._left = 0  # its tasks that were not started
         self._recalled = 0  # calls up to this number are not to be begun any more
         self._thread = 0  # in which tasks run
+        self._packed = threading.Event()  # a call of several tasks was begun since ``live`` looked
 
     # The life of a worker -------------------------------------------------------------------------------------------
 
@@ -134,7 +150,8 @@ class TaskRunner:
             if function is not None:
                 function(*arguments)
         except BaseException as error:
-            reply.answers.append(self._answer(0, 0, "error", 0.0, *encode_error(self._codec, error), buffers))
+            outcome, text = encode_error(self._codec, error)
+            reply.answers.append(_answer(0, 0, "error", 0.0, outcome, text, buffers))
         return reply, buffers or None
 
     def _assume(self, hello: Hello) -> None:
@@ -174,11 +191,12 @@ class TaskRunner:
     def run(self, call: Call, refs: Sequence[Any]) -> tuple[Reply, list[Any] | None]:
         """Run the tasks of a call; returns the reply, and the buffers of large results."""
         self._take_news(call, refs)
-        reply = Reply()
-        buffers: list[Any] = []
         with self._lock:
+            self._reply, self._buffers = Reply(number=call.number), []
             self._begun = call.number
             self._left = 0 if self._leaving or call.number <= self._recalled else len(call.tasks)
+        if len(call.tasks) > 1:
+            self._packed.set()
         tasks = deque(call.tasks)
         call.tasks.clear()
         while tasks:
@@ -187,13 +205,16 @@ class TaskRunner:
                     break
                 self._left -= 1
             job, index, payload = tasks.popleft()
-            reply.answers.append(self._run_task(job, index, payload, refs, buffers))
+            self._run_task(job, index, payload, refs)
             if self._weight is not None and (excess := self._weight.excess()) is not None:
-                self._leaving, reply.excess = True, excess
+                self._leaving, self._reply.excess = True, excess
                 break
-        return reply, buffers or None
+        with self._lock:
+            buffers, self._buffers = self._buffers, []
+            reply, self._reply = self._reply, Reply()
+            return reply, buffers or None
 
-    def _run_task(self, job: int, index: int, payload: Any, refs: Sequence[Any], buffers: list[Any]) -> Answer:
+    def _run_task(self, job: int, index: int, payload: Any, refs: Sequence[Any]) -> None:
         started = perf_counter()
         text, status = "", "value"
         try:
@@ -207,7 +228,9 @@ class TaskRunner:
             outcome, text = encode_error(self._codec, error)
         if os.getpid() != self._pid:
             os._exit(1)  # the task forked and its child returned here; the answer is its parent's to give
-        return self._answer(job, index, status, perf_counter() - started, outcome, text, buffers)
+        seconds = perf_counter() - started
+        with self._lock:
+            self._reply.answers.append(_answer(job, index, status, seconds, outcome, text, self._buffers))
 
     def _call(self, job: int, payload: Any, refs: Sequence[Any]) -> Any:
         received = payload if isinstance(payload, bytes) else self._received(payload, refs)
@@ -219,18 +242,6 @@ class TaskRunner:
             return Received(payload)
         stream, inline, place = payload
         return parcels.unpack(stream, inline if place < 0 else refs[place], self._memory.view)
-
-    def _answer(
-        self, job: int, index: int, status: str, seconds: float, outcome: Any, text: str, buffers: list[Any]
-    ) -> Answer:
-        if isinstance(outcome, bytes):
-            return job, index, status, seconds, text, outcome, 0
-        stream, views = parcels.buffers_of(outcome)
-        if sum([view.nbytes for view in views]) <= parcels.INLINE_NBYTES:
-            return job, index, status, seconds, text, (stream, tuple(map(bytes, views)), -1), 0
-        place = len(buffers)
-        buffers.extend(map(pickle.PickleBuffer, views))
-        return job, index, status, seconds, text, (stream, (), place), len(views)
 
     # News -----------------------------------------------------------------------------------------------------------
 
@@ -278,10 +289,44 @@ class TaskRunner:
             left, self._left = self._left, 0
             return self._begun, left
 
+    def live(self) -> tuple[Reply, list[Any] | None]:
+        """Wait until a task keeps finished ones of its call waiting; returns what those came to."""
+        while True:
+            self._packed.wait()
+            self._packed.clear()
+            seen = None
+            while seen != (seen := self._progress()):
+                time.sleep(EARLY_SECONDS)
+            with self._lock:
+                reply = self._reply
+                if not reply.answers or self._progress() != seen:
+                    if self._left:
+                        self._packed.set()  # the call goes on: look again
+                    continue
+                early = Reply(reply.answers, reply.number)
+                reply.answers, reply.early = [], reply.early + 1
+                buffers, self._buffers = self._buffers, []
+                self._packed.set()  # there may be more to come
+                return early, buffers or None
+
+    def _progress(self) -> tuple[int, int]:
+        return self._reply.number, self._left
+
     def stack(self) -> str:
         """Where the thread that runs tasks is."""
         frame = sys._current_frames().get(self._thread)
         return "" if frame is None else "".join(traceback.format_stack(frame))
+
+
+def _answer(job: int, index: int, status: str, seconds: float, outcome: Any, text: str, buffers: list[Any]) -> Answer:
+    if isinstance(outcome, bytes):
+        return job, index, status, seconds, text, outcome, 0
+    stream, views = parcels.buffers_of(outcome)
+    if sum([view.nbytes for view in views]) <= parcels.INLINE_NBYTES:
+        return job, index, status, seconds, text, (stream, tuple(map(bytes, views)), -1), 0
+    place = len(buffers)
+    buffers.extend(map(pickle.PickleBuffer, views))
+    return job, index, status, seconds, text, (stream, (), place), len(views)
 
 
 def _seed(seed: int) -> None:
