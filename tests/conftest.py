@@ -55,12 +55,20 @@ def _check_reason(marker: pytest.Mark) -> None:
 
 
 @pytest.fixture(scope="session")
-def local_ray() -> Iterator[Any]:
+def ray_cluster() -> Iterator[Any]:
     """A Ray of this test run alone, with room for four workers; started once, as that takes seconds."""
     from ray_support import started_ray
 
-    with started_ray() as ray:
-        yield ray
+    with started_ray() as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def local_ray(ray_cluster: Any) -> Any:
+    """The module ``ray``, connected."""
+    import ray
+
+    return ray
 
 
 def _open_gpu() -> None:

@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from support import processes, wait_until
+from support import process_info, processes, wait_until
+
+from tpool.ray.cluster import on_loopback
 
 __all__ = ["REASON", "actor_pids", "expect_nothing_left", "started_ray"]
 
@@ -22,19 +24,22 @@ DEADLINE = 60.0
 
 
 @contextmanager
-def started_ray(**more: Any) -> Iterator[Any]:
-    """Start a Ray on the loopback interface, and stop it."""
+def started_ray() -> Iterator[Any]:
+    """Start a cluster of one node on the loopback interface, and stop it; gives the ``Cluster``, which can grow."""
     import ray
+    from ray._common.utils import reset_ray_address
+    from ray.cluster_utils import Cluster
 
-    from tpool.ray.cluster import _on_loopback
-
-    options = {"num_cpus": 4, "object_store_memory": 400 << 20, **more}
-    with _on_loopback():
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **options)
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
+    head = {"num_cpus": 4, "object_store_memory": 400 << 20, "include_dashboard": False}
+    with on_loopback():
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        reset_ray_address()  # or others on this machine would find it
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            yield cluster
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
 
 
 def actor_pids() -> set[int]:
@@ -47,8 +52,6 @@ def actor_pids() -> set[int]:
 
 
 def _is_ours(raylet: int) -> bool:
-    from support import process_info
-
     info = process_info(raylet)
     while info is not None and info.pid > 1:
         if info.pid == os.getpid():

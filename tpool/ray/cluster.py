@@ -20,7 +20,7 @@ from typing import Any
 from tpool.errors import PlatformError
 from tpool.ray.spec import RayEngine
 
-__all__ = ["Cluster", "connect", "load_ray"]
+__all__ = ["Cluster", "connect", "load_ray", "on_loopback"]
 
 logger = logging.getLogger("tpool")
 
@@ -162,14 +162,14 @@ def _start(ray: Any, address: str | None) -> tuple[threading.Event, threading.Th
 def _init(ray: Any, address: str | None) -> None:
     services = importlib.import_module("ray._private.services")
     if services.canonicalize_bootstrap_address(address) is None:  # there is none, so one is started
-        with _on_loopback():
+        with on_loopback():
             ray.init(address="local", include_dashboard=False, log_to_driver=False, configure_logging=False)
     else:
         ray.init(address=address, log_to_driver=False, configure_logging=False)
 
 
 @contextmanager
-def _on_loopback() -> Iterator[None]:
+def on_loopback() -> Iterator[None]:
     """While it lasts, a Ray that is started binds to the loopback interface alone.
 
     Ray takes the address of a node from the route to the internet, and resolves even 127.0.0.1 to that; except where
