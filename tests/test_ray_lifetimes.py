@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
 import pytest
+from ray_support import REASON
 from support import run_script
 
 pytest.importorskip("ray")
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(200)]
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "one_machine_or_many.py"
 
 DEADLINE = 120.0
 # Ray's own daemons and workers take a moment to follow their raylet.
@@ -91,3 +101,31 @@ def test_a_driver_that_ends_anyhow_leaves_nothing(end: str) -> None:
     ran = run_script(script, DEADLINE, grace=100.0)
     assert not ran.timed_out, ran
     assert not ran.survivors, ran.survivors
+
+
+def run_example(where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """The last line that the example prints, run as the main script of this process."""
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), where])
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    return capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.leaves(REASON)
+def test_the_example_gives_the_same_on_one_machine_and_on_a_cluster(
+    ray_cluster: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    local = run_example("local", monkeypatch, capsys)
+    assert "12 seeds tried" in local
+    assert run_example(ray_cluster.address, monkeypatch, capsys) == local
+
+
+@pytest.mark.slow
+def test_the_example_on_a_cluster_of_its_own() -> None:
+    pytest.importorskip("sklearn")
+    # Ray's own setting that keeps a cluster to the loopback interface.
+    environment = {**os.environ, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "PYTHONPATH": str(EXAMPLE.parent.parent)}
+    command = [sys.executable, str(EXAMPLE), "ray"]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=DEADLINE, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "12 seeds tried" in ran.stdout

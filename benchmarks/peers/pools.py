@@ -166,7 +166,7 @@ class TpoolRay(Tpool):
     title = "tpool on Ray"
     note = "local Ray; workers are actors; to be compared with Ray's own pool"
     features = Ray.features
-    cases = ("tensor-*", "noop-*", "apply", "uneven-*", "scaling-workers-*", "stream-*", "numpy", "dicts", "break-even-*")
+    cases = ("tensor-*", "noop-*", "apply", "uneven-*", "scaling-workers-*", "stream-*", "numpy", "break-even-*")
 
     def open(self, workers: int, maxtasksperchild: int | None = None) -> Handle:
         # Two CPUs in all, however many workers there are: these sleep, where there are more.
