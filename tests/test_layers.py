@@ -54,6 +54,7 @@ ROWS = [
         "tpool.local.story",
         "tpool.local.weight",
         "tpool.ray.codec",
+        "tpool.ray.journal",
         "tpool.ray.private",
         "tpool.ray.spec",
     ],

@@ -37,6 +37,7 @@ from tpool.messages import (
 )
 from tpool.ray.cluster import Cluster
 from tpool.ray.codec import RayCodec
+from tpool.ray.journal import Journals
 from tpool.ray.looks import RayLook
 from tpool.ray.member import Member, SentCall, Shared
 from tpool.ray.orders import Orders
@@ -83,16 +84,20 @@ class ActorEngine:
         definitions = Definitions()
         self._codec = RayCodec(definitions)
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._journals = Journals(0)
         try:
+            self._journals = Journals(processes)
             self._holder = Holder(self._codec.memory, self.wake)
             self._orders = Orders(definitions, self._ray.put, self._slots)
             initializer = pack(self._codec.dumps((settings.initializer, settings.initargs)), self._ray.put)
         except BaseException:
+            self._journals.close()
             os.close(self._wake_fd)
             raise
         self._results: weakref.WeakSet[Any] = weakref.WeakSet()
         self._shared = Shared(self._ray, self._post, self._codec, self._memory, self._results)
-        self._starting = Starting(settings, cluster, processes, store_nbytes, initializer, self._orders)
+        self._starting = Starting(settings, cluster, processes, store_nbytes, initializer, self._orders,
+                                  self._journals)  # fmt: skip
         self._members: dict[int, Member] = {}
         # Appended to by Ray's threads.
         self._inbox: deque[tuple[Member, str, SentCall | None, Any]] = deque()
@@ -198,7 +203,8 @@ class ActorEngine:
         self._starting.hear(member, kind, value)
         if member.gone:
             del self._members[member.id]
-            events.append(WorkerExited(member.id, member.unstarted(), member.bury()))
+            unstarted = member.settle_estate(self._journals[member.slot], events)
+            events.append(WorkerExited(member.id, unstarted, member.bury()))
 
     def _block(self, timeout: float | None) -> None:
         if self._poll.poll(None if timeout is None else timeout * 1000):
@@ -226,6 +232,7 @@ class ActorEngine:
             self._keep_results()
         self._cluster.release()
         self._memory.close()
+        self._journals.close()
         wake_fd, self._wake_fd = self._wake_fd, -1
         os.close(wake_fd)
 

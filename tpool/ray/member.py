@@ -31,6 +31,7 @@ from tpool.messages import (
 )
 from tpool.ray import parcels
 from tpool.ray.answers import RayResult
+from tpool.ray.journal import Journal, Record
 from tpool.ray.tasks import Answer, Call, Reply
 
 __all__ = ["Member", "SentCall", "Shared"]
@@ -71,6 +72,7 @@ class SentCall:
         buffers: Ray's reference to the buffers of its results.
         early: answers that were given before its end and have come, each with the reference to their buffers.
         early_heard: how many of these were heard.
+        answered: how many of its tasks were.
         outcome: what it came to, while that waits for earlier calls.
         open: it has not ended, one way or the other.
     """
@@ -80,6 +82,7 @@ class SentCall:
     buffers: Any = None
     early: list[tuple[Reply, Any]] = field(default_factory=list)
     early_heard: int = 0
+    answered: int = 0
     outcome: Any = None
     open: bool = True
 
@@ -95,6 +98,7 @@ class Member:
         shared, record: see there.
         pid, node: once it has a process.
         ready: it ran its initializer.
+        keeps_journal: it is on this machine; see ``journal``.
         sent_jobs, sent_groups, sent_objects: what it was told once.
         news: what it is to be told with the next call.
         calls: those that are open, or hold tasks; in order.
@@ -111,6 +115,7 @@ class Member:
     pid: int | None = None
     node: str | None = None
     ready: bool = False
+    keeps_journal: bool = False
     sent_jobs: set[JobId] = field(default_factory=set)
     sent_groups: set[Any] = field(default_factory=set)
     sent_objects: set[int] = field(default_factory=set)
@@ -251,6 +256,7 @@ class Member:
             self.kill()
             return
         self.ready = True
+        self.keeps_journal = value.journal
         self.record.note_ready()
         logger.info("%s is ready, pid %s", self, self.pid)
         events.append(WorkerBecameReady(self.id))
@@ -280,6 +286,7 @@ class Member:
             events.append(TasksFinished(self.id, results))
         # What it did not start is given back by `recall`, or at its end.
         call.count -= len(reply.answers)
+        call.answered += len(reply.answers)
 
     def _result(self, answer: Answer, buffers: Any) -> Any:
         _, _, status, seconds, text, payload, count = answer
@@ -319,9 +326,31 @@ class Member:
         self.exitcode = 0
         self.kill()
 
-    def unstarted(self) -> int:
-        """Of one that is gone: how many of the tasks that it held were never started, as far as that is known."""
-        return self.held if self.leaving else 0
+    def settle_estate(self, journal: Journal, events: list[Event]) -> int:
+        """Of one that is gone: deliver what it had done and could not say any more.
+
+        Returns:
+            How many of the tasks that it held were never started; none where that is not known, as no task may be
+            started twice.
+        """
+        if self.leaving or not self.keeps_journal:
+            return self.held if self.leaving else 0
+        open_calls = [call for call in self.calls.values() if call.count]
+        begun = [call for call in open_calls if call.number <= journal.call]
+        unstarted = sum([call.count for call in open_calls if call.number > journal.call])
+        last = begun[-1] if begun and begun[-1].number == journal.call else None
+        if last is None:
+            return unstarted
+        if begun == [last]:  # else tasks are lost that come before these
+            self._inherit(last, list(journal.records())[last.answered :], events)
+        return unstarted + max(0, last.count - max(0, journal.started - last.answered))
+
+    def _inherit(self, call: SentCall, records: list[Record], events: list[Event]) -> None:
+        answers: list[Answer] = [
+            (job, index, "value", seconds, "", stream, 0) for job, index, seconds, stream in records
+        ]
+        if answers:
+            self._hear_answers(Reply(answers), None, call, events)
 
     def bury(self) -> WorkerLoss:
         """It is gone; returns why."""

@@ -12,6 +12,7 @@ from tpool.local.identity import WorkerInfo
 from tpool.local.lifetime import Lifetime
 from tpool.local.seat import Seat
 from tpool.local.setup import main_attributes, working_directory
+from tpool.ray.journal import Address
 from tpool.ray.spec import RayEngine
 from tpool.ray.tasks import Hello
 
@@ -39,7 +40,7 @@ class RaySettings:
     max_memory_nbytes: int | None = None
     seed: int = field(default_factory=lambda: secrets.randbits(62))
 
-    def hello(self, slot: int, processes: int, store_nbytes: int) -> Hello:
+    def hello(self, slot: int, processes: int, store_nbytes: int, journal: Address) -> Hello:
         """The first words to a slot's worker."""
         threads = self.threads or max(1, int(self.spec.num_cpus))
         own_directory = bool(self.spec.runtime_env and "working_dir" in self.spec.runtime_env)
@@ -52,4 +53,5 @@ class RaySettings:
             argv=list(sys.argv),
             main_attributes=main_attributes(),
             store_nbytes=store_nbytes,
+            journal=journal,
         )

@@ -10,6 +10,7 @@ from tpool.local.crew import SlotRecord
 from tpool.messages import StartWorker
 from tpool.ray.actor import actor_class
 from tpool.ray.cluster import Cluster
+from tpool.ray.journal import Journals
 from tpool.ray.member import Member, Shared
 from tpool.ray.orders import Orders
 from tpool.ray.parcels import Parcel
@@ -31,12 +32,13 @@ class Starting:
         cluster: the connection.
         processes: how many workers the pool has.
         store_nbytes: how much of the object store a worker may hold mapped.
+        journals: of the slots.
         initializer: (function, arguments).
         orders: says what a worker must hear first.
     """
 
     def __init__(self, settings: RaySettings, cluster: Cluster, processes: int, store_nbytes: int,
-                 initializer: Parcel, orders: Orders) -> None:  # fmt: skip
+                 initializer: Parcel, orders: Orders, journals: Journals) -> None:  # fmt: skip
         self._settings = settings
         self._spec = settings.spec
         self._cluster = cluster
@@ -44,6 +46,7 @@ class Starting:
         self._store_nbytes = store_nbytes
         self._initializer: Parcel | None = initializer
         self._orders = orders
+        self._journals = journals
         self._class = actor_class(cluster.ray)
         self._waiting: dict[int, Member] = {}  # by worker id: without a process
         self._begun_at = 0.0  # when the present wait began
@@ -80,7 +83,8 @@ class Starting:
         elif kind == "hello":
             self._waiting.pop(member.id, None)
             assert self._initializer is not None
-            hello = self._settings.hello(member.slot, self._processes, self._store_nbytes)
+            journal = self._journals.hand_over(member.slot)
+            hello = self._settings.hello(member.slot, self._processes, self._store_nbytes, journal)
             self._orders.begin(member, hello, self._initializer)
 
     def until_due(self, timeout: float | None) -> float | None:

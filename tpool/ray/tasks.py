@@ -41,6 +41,7 @@ from tpool.local.weight import Weight
 from tpool.local.wire import Mode
 from tpool.ray import parcels
 from tpool.ray.codec import RayCodec
+from tpool.ray.journal import Address, Journal
 from tpool.ray.private import PrivateMemory
 from tpool.tensors.payload import GroupId, Received
 
@@ -58,6 +59,7 @@ class Hello:
         directory, path, argv: of the caller, where they mean something on this node; None where not to be touched.
         main_attributes: ``__file__`` and the like of the caller's ``__main__``.
         store_nbytes: how much of the object store may be held mapped.
+        journal: where to write down what is done, if that is on this machine.
     """
 
     info: WorkerInfo
@@ -68,6 +70,7 @@ class Hello:
     argv: list[str]
     main_attributes: dict[str, Any]
     store_nbytes: int
+    journal: Address
 
 
 @dataclass(slots=True)
@@ -98,12 +101,14 @@ class Reply:
         number: of the call.
         early: how often answers were given early.
         excess: the worker's private memory, in bytes, if that is too much: it runs nothing more.
+        journal: of the first call: whether the worker keeps one.
     """
 
     answers: list[Answer] = field(default_factory=list)
     number: int = 0
     early: int = 0
     excess: int | None = None
+    journal: bool = False
 
 
 EARLY_SECONDS = 0.01
@@ -123,6 +128,7 @@ class TaskRunner:
         self._leaving = False
         self._group_error: DecodeError | None = None
         self._memory = PrivateMemory(0)
+        self._journal: Journal | None = None
         self._lock = threading.Lock()  # guards the next six
         self._reply = Reply()  # of the call that was begun last, and its buffers
         self._buffers: list[Any] = []
@@ -152,6 +158,7 @@ class TaskRunner:
         except BaseException as error:
             outcome, text = encode_error(self._codec, error)
             reply.answers.append(_answer(0, 0, "error", 0.0, outcome, text, buffers))
+        reply.journal = self._journal is not None
         return reply, buffers or None
 
     def _assume(self, hello: Hello) -> None:
@@ -168,6 +175,7 @@ class TaskRunner:
         limit = hello.seat.max_memory_nbytes
         self._weight = None if limit is None else Weight(limit)
         self._memory = PrivateMemory(hello.store_nbytes)
+        self._journal = Journal.attach(hello.journal)
         _seed(hello.info.seed)
         for name in hello.preload:
             importlib.import_module(name)
@@ -195,6 +203,8 @@ class TaskRunner:
             self._reply, self._buffers = Reply(number=call.number), []
             self._begun = call.number
             self._left = 0 if self._leaving or call.number <= self._recalled else len(call.tasks)
+            if self._journal is not None and call.tasks:
+                self._journal.begin(call.number)
         if len(call.tasks) > 1:
             self._packed.set()
         tasks = deque(call.tasks)
@@ -204,6 +214,8 @@ class TaskRunner:
                 if not self._left:
                     break
                 self._left -= 1
+                if self._journal is not None:
+                    self._journal.start()
             job, index, payload = tasks.popleft()
             self._run_task(job, index, payload, refs)
             if self._weight is not None and (excess := self._weight.excess()) is not None:
@@ -229,6 +241,9 @@ class TaskRunner:
         if os.getpid() != self._pid:
             os._exit(1)  # the task forked and its child returned here; the answer is its parent's to give
         seconds = perf_counter() - started
+        if self._journal is not None:
+            plain = status == "value" and isinstance(outcome, bytes)
+            self._journal.finish(job, index, seconds, outcome if plain else None)  # type: ignore[arg-type]
         with self._lock:
             self._reply.answers.append(_answer(job, index, status, seconds, outcome, text, self._buffers))
 
