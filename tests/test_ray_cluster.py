@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -36,22 +37,29 @@ def where(number: int) -> tuple[int, str]:
     return number, ray.get_runtime_context().get_node_id()
 
 
-def kill(node: Any) -> None:
+def kill(node: Any, cluster: Any) -> None:
     """The machine stops, as far as Ray can tell: no process of the node gets to say anything."""
     node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
+    cluster.worker_nodes.discard(node)
 
 
-def test_a_node_is_killed_in_the_middle_of_a_map_and_another_is_added(ray_cluster: Any) -> None:
+@pytest.fixture
+def nodes(ray_cluster: Any) -> Iterator[list[Any]]:
+    """Two nodes; removed at the end, and what a test has put in their place."""
     threads = set(threading.enumerate())
     nodes = [add_node(ray_cluster) for _ in range(2)]
+    yield nodes
+    expect_nothing_left(threads)
+    for node in nodes:
+        ray_cluster.remove_node(node)
+
+
+def test_a_node_is_killed_in_the_middle_of_a_map_and_another_is_added(ray_cluster: Any, nodes: list[Any]) -> None:
     with tpool.Pool(4, engine=ISLAND) as pool:
         wait_until(lambda: len({node for _, node in pool.map(where, range(16), chunksize=1)}) == 2, DEADLINE)
-
-        # As it is asked for by default: the tasks that ran there are lost, and nothing else.
         results = [pool.apply_async(where, (number,)) for number in range(TASKS)]
         results[TASKS // 4].wait(DEADLINE)
-        kill(nodes.pop())
-        ray_cluster.worker_nodes.intersection_update(nodes)
+        kill(nodes.pop(), ray_cluster)
         outcomes = [result.exception(DEADLINE) for result in results]
         lost = [number for number, error in enumerate(outcomes) if error is not None]
         assert all(isinstance(outcomes[number], tpool.WorkerLostError) for number in lost)
@@ -63,14 +71,15 @@ def test_a_node_is_killed_in_the_middle_of_a_map_and_another_is_added(ray_cluste
         nodes.append(add_node(ray_cluster))
         wait_until(lambda: len({node for _, node in pool.map(where, range(64), chunksize=1)}) == 2, DEADLINE)
 
-        # With retries nothing is lost.
+
+@pytest.mark.slow
+def test_with_retries_a_killed_node_costs_nothing(ray_cluster: Any, nodes: list[Any]) -> None:
+    with tpool.Pool(4, engine=ISLAND) as pool:
+        wait_until(lambda: len({node for _, node in pool.map(where, range(16), chunksize=1)}) == 2, DEADLINE)
         mapped = pool.imap_unordered(where, range(TASKS), retries=2)
         seen = [next(mapped) for _ in range(TASKS // 4)]
-        kill(nodes.pop())
-        ray_cluster.worker_nodes.intersection_update(nodes)
+        kill(nodes.pop(), ray_cluster)
         seen += list(mapped)
         assert sorted(number for number, _ in seen) == list(range(TASKS))
         shares = Counter(node for _, node in seen[: TASKS // 4])
         assert min(shares.values()) > TASKS // 16, f"work did not spread: {shares}"
-    expect_nothing_left(threads)
-    ray_cluster.remove_node(nodes.pop())

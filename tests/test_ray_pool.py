@@ -310,6 +310,7 @@ def test_an_initializer_that_raises_ends_the_pool(local_ray: Any) -> None:
         pool.map(tasks.double, range(4))
 
 
+@pytest.mark.slow
 def test_a_worker_that_grows_too_heavy_is_replaced(local_ray: Any) -> None:
     with tpool.Pool(1, max_memory=1, engine=ENGINE) as pool:
         assert len(set(pool.map(tasks.get_pid, range(2), chunksize=1))) == 2

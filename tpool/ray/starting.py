@@ -20,8 +20,8 @@ __all__ = ["TELL_SECONDS", "Starting"]
 
 logger = logging.getLogger("tpool")
 
-TELL_SECONDS = 10.0
-"""When it is first told that workers have not started; where there is room they import torch in a few seconds."""
+TELL_SECONDS = 5.0
+"""When it is first told that workers wait for resources; where there is room, their processes start at once."""
 
 
 class Starting:
@@ -119,7 +119,7 @@ class Starting:
         names = ("CPU", "GPU", *self._spec.resources)
         has = ", ".join(f"{free.get(name, 0):g} of {total.get(name, 0):g} {name}" for name in names)
         return (
-            f"{len(self._waiting)} of {self._processes} workers have not started: each needs"
+            f"{len(self._waiting)} of {self._processes} workers wait for resources: each needs"
             f" {self._spec.resources_text()}, and free in the cluster are {has}; if that is too little, ask for fewer"
             " processes or resources, or add nodes"
         )
