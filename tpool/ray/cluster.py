@@ -91,6 +91,10 @@ class Cluster:
         """Whether the connection ends when this pool lets go of it."""
         return self._ours and _connection.users == 1
 
+    def node_id(self) -> str:
+        """The node that this process is on."""
+        return str(self.ray.get_runtime_context().get_node_id())
+
     def total(self) -> dict[str, float]:
         """The resources of all nodes."""
         return dict(self.ray.cluster_resources())

@@ -84,14 +84,12 @@ class ActorEngine:
         definitions = Definitions()
         self._codec = RayCodec(definitions)
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._journals = Journals(0)
+        self._journals = Journals()
         try:
-            self._journals = Journals(processes)
             self._holder = Holder(self._codec.memory, self.wake)
             self._orders = Orders(definitions, self._ray.put, self._slots)
             initializer = pack(self._codec.dumps((settings.initializer, settings.initargs)), self._ray.put)
         except BaseException:
-            self._journals.close()
             os.close(self._wake_fd)
             raise
         self._results: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -203,7 +201,7 @@ class ActorEngine:
         self._starting.hear(member, kind, value)
         if member.gone:
             del self._members[member.id]
-            unstarted = member.settle_estate(self._journals[member.slot], events)
+            unstarted = member.settle_estate(self._journals.get(member.slot), events)
             events.append(WorkerExited(member.id, unstarted, member.bury()))
 
     def _block(self, timeout: float | None) -> None:

@@ -147,26 +147,23 @@ class Journal:
 
 
 class Journals:
-    """Those of all slots of a pool, in the caller.
+    """Those of the slots whose workers are on the caller's node, in the caller. The handler's thread's."""
 
-    Args:
-        count: how many slots there are.
-    """
+    def __init__(self) -> None:
+        self._all: dict[int, tuple[Journal, int, bytes]] = {}
 
-    def __init__(self, count: int) -> None:
-        self._all: list[tuple[Journal, int, bytes]] = []
-        try:
-            for _ in range(count):
-                self._all.append(Journal.create())
-        except OSError:  # at the limit of descriptors; leave nothing behind
-            self.close()
-            raise
+    def get(self, slot: int) -> Journal | None:
+        """The journal of a slot; None if it has none."""
+        known = self._all.get(slot)
+        return None if known is None else known[0]
 
-    def __getitem__(self, slot: int) -> Journal:
-        return self._all[slot][0]
-
-    def hand_over(self, slot: int) -> Address:
-        """For a new worker of a slot."""
+    def hand_over(self, slot: int) -> Address | None:
+        """For a new worker of a slot, on this node; None at the limit of descriptors."""
+        if slot not in self._all:
+            try:
+                self._all[slot] = Journal.create()
+            except OSError:
+                return None
         journal, fd, token = self._all[slot]
         journal.clear()
         return Address(os.getpid(), fd, token)
@@ -174,6 +171,6 @@ class Journals:
     def close(self) -> None:
         """The pool has ended."""
         while self._all:
-            journal, fd, _ = self._all.pop()
+            _, (journal, fd, _) = self._all.popitem()
             journal.close()
             os.close(fd)

@@ -326,14 +326,14 @@ class Member:
         self.exitcode = 0
         self.kill()
 
-    def settle_estate(self, journal: Journal, events: list[Event]) -> int:
+    def settle_estate(self, journal: Journal | None, events: list[Event]) -> int:
         """Of one that is gone: deliver what it had done and could not say any more.
 
         Returns:
             How many of the tasks that it held were never started; none where that is not known, as no task may be
             started twice.
         """
-        if self.leaving or not self.keeps_journal:
+        if self.leaving or journal is None or not self.keeps_journal:
             return self.held if self.leaving else 0
         open_calls = [call for call in self.calls.values() if call.count]
         begun = [call for call in open_calls if call.number <= journal.call]

@@ -40,7 +40,7 @@ class RaySettings:
     max_memory_nbytes: int | None = None
     seed: int = field(default_factory=lambda: secrets.randbits(62))
 
-    def hello(self, slot: int, processes: int, store_nbytes: int, journal: Address) -> Hello:
+    def hello(self, slot: int, processes: int, store_nbytes: int, journal: Address | None) -> Hello:
         """The first words to a slot's worker."""
         threads = self.threads or max(1, int(self.spec.num_cpus))
         own_directory = bool(self.spec.runtime_env and "working_dir" in self.spec.runtime_env)

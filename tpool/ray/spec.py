@@ -18,9 +18,10 @@ class RayEngine:
     '1 CPU, 1 GPU'
 
     Args:
-        address: of the cluster, as ``ray.init`` takes it: ``"host:6379"``, ``"auto"``, ``"ray://…"`` is not supported;
-            ``"local"`` for a Ray of this process alone. None: the Ray that this process is connected to, else the one
-            that ``RAY_ADDRESS`` or ``ray start`` on this machine names, else a local one, which ends with the pool.
+        address: of the cluster, as ``ray.init`` takes it: ``"host:6379"``, ``"auto"``, or ``"local"`` for a Ray of
+            this process alone (``"ray://…"``, a client, cannot run a pool). None: the Ray that this process is
+            connected to, else the one that ``RAY_ADDRESS`` or ``ray start`` on this machine names, else a local one,
+            which ends with the pool.
         num_cpus: that Ray reserves for each worker; also its threads, if the pool's ``threads`` does not say.
         num_gpus: likewise. Ray shows a worker its own GPUs only.
         resources: other resources of each worker, by name.
@@ -46,7 +47,9 @@ class RayEngine:
         if self.address is not None and not isinstance(self.address, str):
             raise TypeError(f"address must be text, such as 'auto' or '10.0.0.1:6379', not {self.address!r}")
         if self.address is not None and self.address.startswith("ray://"):
-            raise ValueError("a Ray client (ray://…) cannot run a pool; run the program on a node of the cluster")
+            raise ValueError(
+                "address: a Ray client (ray://…) cannot run a pool; run the program on a node of the cluster"
+            )
         for name, number in (("num_cpus", self.num_cpus), ("num_gpus", self.num_gpus), *self.resources.items()):
             _check_number(name, number)
         _check_number("start_timeout", self.start_timeout)

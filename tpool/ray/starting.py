@@ -32,7 +32,7 @@ class Starting:
         cluster: the connection.
         processes: how many workers the pool has.
         store_nbytes: how much of the object store a worker may hold mapped.
-        journals: of the slots.
+        journals: of the slots whose workers are near.
         initializer: (function, arguments).
         orders: says what a worker must hear first.
     """
@@ -83,7 +83,8 @@ class Starting:
         elif kind == "hello":
             self._waiting.pop(member.id, None)
             assert self._initializer is not None
-            journal = self._journals.hand_over(member.slot)
+            near = member.node == self._cluster.node_id()
+            journal = self._journals.hand_over(member.slot) if near else None
             hello = self._settings.hello(member.slot, self._processes, self._store_nbytes, journal)
             self._orders.begin(member, hello, self._initializer)
 

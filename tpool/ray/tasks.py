@@ -59,7 +59,7 @@ class Hello:
         directory, path, argv: of the caller, where they mean something on this node; None where not to be touched.
         main_attributes: ``__file__`` and the like of the caller's ``__main__``.
         store_nbytes: how much of the object store may be held mapped.
-        journal: where to write down what is done, if that is on this machine.
+        journal: where to write down what is done; None on another node than the caller's.
     """
 
     info: WorkerInfo
@@ -70,7 +70,7 @@ class Hello:
     argv: list[str]
     main_attributes: dict[str, Any]
     store_nbytes: int
-    journal: Address
+    journal: Address | None
 
 
 @dataclass(slots=True)
@@ -175,7 +175,7 @@ class TaskRunner:
         limit = hello.seat.max_memory_nbytes
         self._weight = None if limit is None else Weight(limit)
         self._memory = PrivateMemory(hello.store_nbytes)
-        self._journal = Journal.attach(hello.journal)
+        self._journal = None if hello.journal is None else Journal.attach(hello.journal)
         _seed(hello.info.seed)
         for name in hello.preload:
             importlib.import_module(name)
