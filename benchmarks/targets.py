@@ -88,4 +88,7 @@ TARGETS: tuple[Target, ...] = (
     Target("close", "time_ratio", 1),
     Target("terminate", "time_ratio", 1),
     Target("break-even", "break_even", 6),
+    *(Target(f"tensor-{size}-both", "speedup", 5, against="ray", pool="tpool-ray") for size in ("1MB", "16MB")),
+    Target("noop-map-singly", "speedup", 10, against="ray", pool="tpool-ray"),
+    *(Target(f"uneven-{at}", "value", 1.10, metric="over_best", pool="tpool-ray") for at in (0, 20, 63)),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from leaks import Snapshot, find_leaks
@@ -51,6 +52,23 @@ def _check_reason(marker: pytest.Mark) -> None:
     reason = marker.args[0] if len(marker.args) == 1 and not marker.kwargs else None
     if not isinstance(reason, str) or not reason.strip():
         pytest.fail("@pytest.mark.leaves needs one argument: the reason, in words", pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[Any]:
+    """A Ray of this test run alone, with room for four workers; started once, as that takes seconds."""
+    from ray_support import started_ray
+
+    with started_ray() as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def local_ray(ray_cluster: Any) -> Any:
+    """The module ``ray``, connected."""
+    import ray
+
+    return ray
 
 
 def _open_gpu() -> None:

@@ -74,6 +74,7 @@ def test_names_on_the_command_line():
         "noop-imap-unordered",
         "noop-imap",
         "noop-map",
+        "noop-map-singly",
     }
     assert command.chosen_cases("break-even-*", quick=True) == []
     assert command.main(["--cases", "no-such-case"]) == 2

@@ -32,6 +32,7 @@ from tpool.local.identity import WorkerInfo, get_worker_info
 from tpool.map_result import MapResult
 from tpool.pool import Pool
 from tpool.progress import Progress
+from tpool.ray.spec import RayEngine
 from tpool.stats import PoolStats, WorkerStats
 from tpool.streams import IMapIterator
 from tpool.tensors.held import Reference
@@ -53,6 +54,7 @@ __all__ = [
     "PoolTerminatedError",
     "Progress",
     "ProtocolError",
+    "RayEngine",
     "Reference",
     "RemoteTraceback",
     "SharedMemoryExhausted",

@@ -139,6 +139,10 @@ class BatchCalls(MemoryCalls, MapCalls):
         return self.empty(shape, dtype=first.dtype)
 
     def _run_into(self, plan: _Plan, out: Any) -> None:
+        if out is not None and not self._engine.shares_memory:
+            for (start, stop), value in zip(plan.spans, self._run(plan, None, plan.spans)):
+                put_into(out, value, plan.dim, start, stop)
+            return
         if self._engine.sharing == "share" or out is None:
             self._run(plan, self._engine.put(out), plan.spans)
             return

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
+from tpool.local.crew import SlotRecord
+from tpool.local.logs import LogReceiver
 from tpool.messages import (
     Event,
     JobId,
@@ -22,6 +24,7 @@ from tpool.messages import (
     SendTasks,
     StartWorker,
     VacateSlot,
+    WorkerId,
 )
 from tpool.tensors.held import Reference
 
@@ -77,10 +80,30 @@ class Result(Protocol):
         """Give back what it holds without decoding it."""
 
 
+class Look(Protocol):
+    """What an engine tells of its workers, for people; from any thread, as it is at the moment."""
+
+    slots: list[SlotRecord]
+
+    @property
+    def tasks_done(self) -> int:
+        """How many tasks were answered."""
+
+    def memory_nbytes(self, slot: int | None) -> tuple[int, int]:
+        """Shared memory that a slot has (the caller for None), and the most that it ever had."""
+
+    def direct_job(self, worker: WorkerId) -> JobId | None:
+        """The call that a caller makes in this worker directly."""
+
+    def stack(self, slot: int) -> str | None:
+        """Where the slot's worker is; None if it does not say."""
+
+
 class Engine(Protocol):
     """Runs workers.
 
-    ``encode``, ``open_job``, ``make_room`` and ``wake`` may be called from any thread; all else from the handler's.
+    ``encode``, ``open_job``, ``look``, ``make_room`` and ``wake`` may be called from any thread; all else from the
+    handler's.
 
     Attributes:
         may_give_back: set by the handler: whether a caller may yet take results that hold memory. Where nobody may,
@@ -95,6 +118,18 @@ class Engine(Protocol):
     awaits_earlier: Callable[[], bool]
     pressing: bool
     can_lend: bool
+
+    @property
+    def sharing(self) -> str:
+        """What sending a tensor means: ``share`` or ``copy``."""
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether a worker can write where the caller reads, if that is asked for."""
+
+    @property
+    def logs(self) -> LogReceiver | None:
+        """Hands on what workers log; None if nothing does."""
 
     def encode(self, obj: Any, patient: Callable[[], bool] | None = None) -> Encoded:
         """Make an object ready to be sent, in the caller's thread; may wait for memory.
@@ -146,6 +181,9 @@ class Engine(Protocol):
             PlatformError: there is no room for them, and nothing has changed.
             ValueError: there never can be for so many.
         """
+
+    def look(self) -> Look:
+        """What is known of the workers."""
 
     def open_job(self, job: JobId, mode: int, function: Encoded | None) -> None:
         """Keep what all tasks of a job have in common; sent once to each worker that gets one of them."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tpool.local.engine import LocalEngine
+from tpool.engine import Engine
 from tpool.maps import Calls
 from tpool.tensors.held import Reference
 
@@ -24,7 +24,7 @@ Size = tuple[int, ...]
 class MemoryCalls(Calls):
     """``put``, ``empty`` and its kin. Pools have these methods; nothing else does."""
 
-    _engine: LocalEngine
+    _engine: Engine
 
     def put(self, obj: object) -> Reference:
         """Have each worker keep an object, such as a model or a table, and refer to it in any number of calls.

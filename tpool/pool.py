@@ -19,6 +19,8 @@ from typing import Any, ParamSpec, TypeVar
 from tpool import options
 from tpool.arguments import check_args, check_callback, check_func, check_kwds
 from tpool.batches import BatchCalls
+from tpool.engine import Engine
+from tpool.engines import EngineArguments, make_engine
 from tpool.errors import WorkerLostError
 from tpool.executor import PoolExecutor
 from tpool.futures import AsyncResult
@@ -26,11 +28,10 @@ from tpool.gate import Gate
 from tpool.handler import Handler
 from tpool.imaps import StreamCalls
 from tpool.limits import POOL, Limits, PoolDefault, RetryOn
-from tpool.local.engine import LocalEngine
-from tpool.local.lifetime import Lifetime
-from tpool.local.setup import Settings, check_platform, refuse_fork_after_cuda
+from tpool.local.setup import check_platform
 from tpool.messages import JobId, PoolClosed
 from tpool.opening import Opener
+from tpool.ray.spec import RayEngine
 from tpool.results import Callbacks, finish
 from tpool.scheduler import Scheduler
 from tpool.seeing import Seen
@@ -101,6 +102,9 @@ class Pool(StreamCalls, BatchCalls, Sized, Seen):
         timeline: True: write down when each task and transfer began and ended, for ``timeline()``. What is kept are
             the latest 65,536 tasks of each worker, in 4 MB of shared memory each (beyond ``memory``) that is used as
             they come, and as many of what the caller encoded; or as many as this number says.
+        engine: what runs the workers: ``"local"``, processes of this machine; ``"ray"``, actors on a cluster; or a
+            ``tpool.RayEngine`` that says where and with which resources. On Ray tensors travel by copy, a pool without
+            ``processes`` is as large as the cluster, and what has no meaning there is refused.
 
     ``timeout``, ``retries`` and ``retry_on`` can be given to each call, too, which then go before these.
 
@@ -120,7 +124,7 @@ class Pool(StreamCalls, BatchCalls, Sized, Seen):
         *,
         preload: Iterable[str] = (),
         memory: int | str | None = None,
-        sharing: str = "share",
+        sharing: str | None = None,
         timeout: float | None = None,
         retries: int = 0,
         retry_on: RetryOn = WorkerLostError,
@@ -133,41 +137,41 @@ class Pool(StreamCalls, BatchCalls, Sized, Seen):
         max_cuda_memory: int | str | None = None,
         forward_logs: bool | int | str = False,
         timeline: bool | int = False,
+        engine: str | RayEngine = "local",
     ) -> None:
         check_platform()
         self._limits = Limits(timeout, retries, retry_on)
         seed = options.check_seed(seed)
         max_tasks = options.check_max_tasks(maxtasksperchild)
-        method = options.start_method(context)
-        settings = Settings(
-            processes=options.check_processes(processes),
-            method=method,
-            initializer=_with_exit(options.check_initializer(initializer), options.check_worker_exit(worker_exit)),
-            initargs=check_args(initargs, "initargs"),
-            preload=options.check_preload(preload),
-            memory_nbytes=options.parse_nbytes(memory),
-            sharing=options.check_sharing(sharing),
-            steering=options.check_steering(threads, affinity, devices, max_memory, max_cuda_memory, method),
-            log_level=options.check_log_level(forward_logs),
-            timeline=options.check_timeline(timeline),
+        self._engine: Engine
+        self._engine, count, memory_nbytes = make_engine(
+            engine,
+            EngineArguments(
+                processes,
+                initializer,
+                initargs,
+                context,
+                preload,
+                memory,
+                sharing,
+                worker_exit,
+                threads,
+                affinity,
+                devices,
+                max_memory,
+                max_cuda_memory,
+                forward_logs,
+                timeline,
+            ),
         )
-        refuse_fork_after_cuda(settings.method)
         name = f"tpool-{next(_pool_numbers)}"
         self._callbacks = Callbacks(name)
-        self._engine = LocalEngine(settings)
-        scheduler = Scheduler(settings.processes, max_tasks)
+        scheduler = Scheduler(count, max_tasks)
         self._handler = Handler(self._engine, scheduler, self._callbacks, name)
-        self._handler.names = {} if settings.timeline else None
-        self._gate = Gate(self._handler, settings.processes)
-        self._opener = Opener(
-            self._engine,
-            self._handler,
-            self._gate,
-            max_tasks,
-            settings.memory_nbytes // STREAM_SHARE,
-            seed,
-        )
-        description = f"<tpool.Pool pool_size={settings.processes} of process {os.getpid()}>"
+        self._handler.names = {} if timeline else None
+        self._gate = Gate(self._handler, count)
+        self._opener = Opener(self._engine, self._handler, self._gate, max_tasks, memory_nbytes // STREAM_SHARE, seed)
+        description = f"<tpool.Pool pool_size={count} of process {os.getpid()}>"
         weakref.finalize(self, self._handler.forget_pool, description).atexit = False
         self._handler.start()
 
@@ -390,9 +394,3 @@ class Pool(StreamCalls, BatchCalls, Sized, Seen):
 
     def __exit__(self, *exc_info: object) -> None:
         self.terminate()
-
-
-def _with_exit(
-    initializer: Callable[..., object] | None, worker_exit: Callable[[], object] | None
-) -> Callable[..., object] | Lifetime | None:
-    return initializer if worker_exit is None else Lifetime(initializer, worker_exit)

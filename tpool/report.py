@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from time import monotonic
 
 from tpool import failures
+from tpool.engine import Look
 from tpool.handler import Handler
-from tpool.local.looks import Look
 from tpool.roster import Worker, WorkerState
 from tpool.stats import PoolStats, WorkerStats
 

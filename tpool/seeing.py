@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tpool import report
+from tpool.engine import Engine
 from tpool.handler import Handler
-from tpool.local.engine import LocalEngine
 from tpool.maps import Calls
 from tpool.stats import PoolStats
 from tpool.timeline.timeline import Timeline
@@ -16,7 +18,7 @@ __all__ = ["Seen"]
 class Seen(Calls):
     """``stats``, ``report``, and how a pool shows itself. Pools have these methods; nothing else does."""
 
-    _engine: LocalEngine
+    _engine: Engine
     _handler: Handler
 
     def stats(self) -> PoolStats:
@@ -67,7 +69,8 @@ class Seen(Calls):
         """
         if self._handler.names is None:
             raise ValueError("this pool writes no timeline; make it with Pool(..., timeline=True)")
-        return collect_timeline(self._handler, self._engine.look())
+        look: Any = self._engine.look()  # the local engine's: other engines refuse ``timeline=``
+        return collect_timeline(self._handler, look)
 
     def _repr_html_(self) -> str:
         look = self._engine.look()

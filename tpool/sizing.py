@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from tpool import options
+from tpool.engine import Engine
 from tpool.gate import Gate
 from tpool.handler import Handler
-from tpool.local.engine import LocalEngine
 from tpool.messages import Resized
 
 __all__ = ["Sized"]
@@ -14,7 +14,7 @@ __all__ = ["Sized"]
 class Sized:
     """``resize``. Pools have this method; nothing else does."""
 
-    _engine: LocalEngine
+    _engine: Engine
     _gate: Gate
     _handler: Handler
 

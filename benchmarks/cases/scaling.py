@@ -51,7 +51,17 @@ def cases() -> Iterator[Case]:
             needs=frozenset({ARGUMENTS, STREAM}),
             # Pools that start a fresh interpreter per worker would import torch 64 times on two cores.
             only=frozenset(
-                {"tpool", "torch", "torch-fs", "multiprocessing", "futures", "mpire", "pebble", "billiard"}
+                {
+                    "tpool",
+                    "tpool-ray",
+                    "torch",
+                    "torch-fs",
+                    "multiprocessing",
+                    "futures",
+                    "mpire",
+                    "pebble",
+                    "billiard",
+                }
             ),
             rounds=3,
             group="scaling-workers",

@@ -32,6 +32,13 @@ def run_map(bench: Bench) -> None:
     assert len(answers) == bench.integer("items")
 
 
+def run_singly(bench: Bench) -> None:
+    """No-ops by ``map``, of which each is a task of its own."""
+    with bench.meter.measure():
+        answers = bench.pool.map(tasks.noop, range(bench.integer("items")), 1)
+    assert len(answers) == bench.integer("items")
+
+
 def run_apply(bench: Bench) -> None:
     """Round trips, one after another."""
     samples = []
@@ -87,6 +94,15 @@ def cases() -> Iterator[Case]:
         params={"items": 100_000},
         quick={"items": 20_000},
         needs=frozenset({ARGUMENTS}),
+    )
+    yield Case(
+        name="noop-map-singly",
+        description="no-ops, map(chunksize=1)",
+        run=run_singly,
+        params={"items": 10_000},
+        quick={"items": 1_000},
+        needs=frozenset({ARGUMENTS}),
+        rounds=3,
     )
     yield Case(
         name="apply",

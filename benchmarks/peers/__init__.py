@@ -14,6 +14,7 @@ from benchmarks.peers.base import Peer
 PEERS: dict[str, Callable[[], Peer]] = {
     "tpool": pools.Tpool,
     "tpool-copy": pools.TpoolCopy,
+    "tpool-ray": pools.TpoolRay,
     "torch": pools.TorchFileDescriptor,
     "torch-fs": pools.TorchFileSystem,
     "multiprocessing": pools.Multiprocessing,

@@ -160,6 +160,20 @@ class Tpool(Peer):
         return PoolHandle(self._tpool.Pool(workers, maxtasksperchild=maxtasksperchild, **self.options))
 
 
+class TpoolRay(Tpool):
+    """This project's workers as actors of Ray, beside Ray's own Pool."""
+
+    title = "tpool on Ray"
+    note = "local Ray; workers are actors; to be compared with Ray's own pool"
+    features = Ray.features
+    cases = ("tensor-*", "noop-*", "apply", "uneven-*", "scaling-workers-*", "stream-*", "numpy", "break-even-*")
+
+    def open(self, workers: int, maxtasksperchild: int | None = None) -> Handle:
+        # Two CPUs in all, however many workers there are: these sleep, where there are more.
+        engine = self._tpool.RayEngine(address="local", num_cpus=min(1.0, _WORKERS_OF_RAY / workers))
+        return PoolHandle(self._tpool.Pool(workers, maxtasksperchild=maxtasksperchild, engine=engine))
+
+
 class TpoolCopy(Tpool):
     """This project with value semantics."""
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from tpool.errors import DecodeError, RemoteTraceback
 from tpool.tensors.payload import Received
 from tpool.tensors.pickler import Codec
 
-__all__ = ["LocalResult", "PlainResult"]
+__all__ = ["LocalResult", "PlainResult", "take_failed"]
 
 
 class PlainResult:
@@ -60,23 +61,31 @@ class LocalResult:
 
     def take(self) -> Any:
         """See Result."""
-        try:
-            value: Any = self.codec.loads(self.received)
-        except Exception as error:
-            if not self.failed:
-                raise
-            # The exception's own text is in the traceback; better that than only "could not be unpickled".
-            raise DecodeError(
-                f"the task raised an exception that could not be unpickled here ({error}); "
-                "the traceback above, from the worker, tells what it was"
-            ) from RemoteTraceback(_quote(self.traceback))
-        if self.failed:
-            value.__cause__ = RemoteTraceback(_quote(self.traceback))
-        return value
+        if not self.failed:
+            return self.codec.loads(self.received)
+        return take_failed(lambda: self.codec.loads(self.received), self.traceback)
 
     def discard(self) -> None:
         """See Result."""
         self.received.discard()
+
+
+def take_failed(loads: Callable[[], Any], traceback: str) -> Any:
+    """The exception that a worker sent, with its traceback as its cause.
+
+    Raises:
+        DecodeError: it could not be unpickled.
+    """
+    try:
+        error = loads()
+    except Exception as reason:
+        # The exception's own text is in the traceback; better that than only "could not be unpickled".
+        raise DecodeError(
+            f"the task raised an exception that could not be unpickled here ({reason}); "
+            "the traceback above, from the worker, tells what it was"
+        ) from RemoteTraceback(_quote(traceback))
+    error.__cause__ = RemoteTraceback(_quote(traceback))
+    return error
 
 
 def _quote(text: str) -> str:

@@ -77,6 +77,11 @@ class Encoder:
         """What sending a tensor means; see ``Codec``."""
         return self._codec.sharing
 
+    @property
+    def shares_memory(self) -> bool:
+        """See Engine."""
+        return True
+
     def put(self, obj: object, share: bool = False) -> Reference:
         """See Engine."""
         return Reference(functools.partial(self._hold, share), obj)

@@ -32,6 +32,7 @@ from tpool.local.hunger import STARVING_SECONDS, Hunger
 from tpool.local.launch import Launched, Launcher, LaunchEvent, LaunchFailed, Reaped
 from tpool.local.lending import Lending
 from tpool.local.lingering import Lingering
+from tpool.local.logs import LogReceiver
 from tpool.local.looks import Look
 from tpool.local.member import Member
 from tpool.local.poller import Poller
@@ -74,7 +75,7 @@ class LocalEngine(Encoder):
         self.awaits_earlier: Callable[[], bool] = lambda: False
         self.pressing = self.can_lend = False
         self._memory = PoolMemory(settings, self._hunger.wait)
-        self.logs = self._memory.logs
+        self.logs: LogReceiver | None = self._memory.logs
         self._crew = Crew([SlotRecord(trace=self._memory.trace(slot)) for slot in range(settings.processes)])
         super().__init__(self._memory, self._hunger, self._crew)
         self._initializer: Payload | None = None

@@ -76,13 +76,14 @@ class Settings:
     timeline: int = 0
     can_swap: bool = torch_private.CAN_SWAP
     environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
-    directory: str | None = field(default_factory=lambda: _working_directory())
+    directory: str | None = field(default_factory=lambda: working_directory())
     path: list[str] = field(default_factory=lambda: list(sys.path))
     argv: list[str] = field(default_factory=lambda: list(sys.argv))
     seed: int = field(default_factory=lambda: secrets.randbits(62))
 
 
-def _working_directory() -> str | None:
+def working_directory() -> str | None:
+    """The caller's, if there is one."""
     try:
         return os.getcwd()
     except OSError:  # deleted under us; workers then keep the one they have
@@ -239,7 +240,7 @@ class PoolMemory:
             directory=None if inherited else settings.directory,
             path=None if inherited else settings.path,
             argv=None if inherited else settings.argv,
-            main_attributes=None if inherited else _main_attributes(),
+            main_attributes=None if inherited else main_attributes(),
             seat=seat,
             slot_arena=arena.id,
             caller_arena=self._caller.id,
@@ -312,7 +313,8 @@ def _tracker_fd() -> int | None:
     return fd
 
 
-def _main_attributes() -> dict[str, Any]:
+def main_attributes() -> dict[str, Any]:
+    """What a worker's ``__main__`` has of the caller's from the start."""
     main = vars(sys.modules["__main__"])
     names = ("__doc__", "__file__", "__package__")
     return {name: main[name] for name in names if isinstance(main.get(name), str)}

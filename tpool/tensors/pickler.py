@@ -101,7 +101,7 @@ class Codec:
             TransportError: a tensor (or other object) that cannot travel.
             SharedMemoryExhausted: no memory for its bytes.
         """
-        outgoing = Outgoing(self.memory, sharing or self.sharing, can_swap=self.can_swap, token=self.token)
+        outgoing = self.new_outgoing(sharing or self.sharing)
         while True:
             try:
                 return self._dump(obj, _Message(self, outgoing, self._rules, self._by_name), spawning)
@@ -177,8 +177,12 @@ class Codec:
 
     def open_group(self, rules: Any) -> _GroupPickler:
         """What ``Definitions`` write a new group with."""
-        outgoing = _WholeStorages(self.memory, self.sharing, can_swap=self.can_swap, token=self.token)
-        return _GroupPickler(self, _Message(self, outgoing, rules, self._by_name))
+        return _GroupPickler(self, _Message(self, self.new_outgoing(self.sharing, whole=True), rules, self._by_name))
+
+    def new_outgoing(self, sharing: Sharing, *, whole: bool = False) -> Outgoing:
+        """For the storages of one message; ``whole``: none is sent in part."""
+        kind = WholeStorages if whole else Outgoing
+        return kind(self.memory, sharing, can_swap=self.can_swap, token=self.token)
 
 
 def _note_type(error: BaseException, obj: object) -> None:
@@ -244,9 +248,7 @@ class _Message:
         with buffer.raw() as raw:
             if raw.nbytes < OUT_OF_BAND_NBYTES:
                 return True
-            block = self.outgoing.memory.allocate(raw.nbytes)
-            block.view[:] = raw
-        self.buffers.append(block)
+            self.buffers.append(self.outgoing.place_buffer(raw))
         return False
 
     def payload(self, groups: tuple[GroupId, ...] = ()) -> Payload:
@@ -378,7 +380,7 @@ class _GroupPickler:
         del self._pickler
 
 
-class _WholeStorages(Outgoing):
+class WholeStorages(Outgoing):
     """Never sends a part of a storage, so that what was written need never be written again."""
 
     def place_region(self, storage: torch.UntypedStorage, start: int, stop: int) -> tuple[Place, int] | None:

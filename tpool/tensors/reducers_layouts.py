@@ -121,6 +121,7 @@ def cuda(tensor: torch.Tensor, sender: Outgoing) -> Content:
     torch's counter keeps the memory until the receiver lets it go, in the process that made it; the token tells how
     long this process is needed.
     """
+    token = sender.token()  # first: where there is none, nothing may have been handed out
     plain: Any = tensor.detach()
     untyped: Any = tensor.untyped_storage()
     if (clone := sender.cuda_clones.get(torch_private.storage_id(tensor))) is not None:
@@ -135,7 +136,7 @@ def cuda(tensor: torch.Tensor, sender: Outgoing) -> Content:
         plain = _on(clone, plain)
         make, arguments = _torch_reductions.reduce_tensor(plain)
     sender.keep.append((tensor, plain))
-    return leased, (sender.token(), make, arguments)
+    return leased, (token, make, arguments)
 
 
 def _on(storage: torch.UntypedStorage, like: torch.Tensor) -> torch.Tensor:

@@ -108,7 +108,7 @@ class Outgoing:
 
     def again(self) -> Outgoing:
         """The one to use for the next try after ``Overlap``."""
-        fresh = Outgoing(self.memory, self.sharing, can_swap=self.can_swap, token=self._token)
+        fresh = type(self)(self.memory, self.sharing, can_swap=self.can_swap, token=self._token)
         fresh._whole = self._whole
         return fresh
 
@@ -218,6 +218,12 @@ class Outgoing:
             raise Overlap
         place = self._places[storage._cdata] = self._copy(storage, 0, storage.nbytes())
         return place
+
+    def place_buffer(self, raw: memoryview) -> Block:
+        """A block with the bytes of a buffer that is no storage, such as that of a numpy array."""
+        block = self.memory.allocate(raw.nbytes)
+        block.view[:] = raw
+        return block
 
     def _place_without_swap(self, storage: torch.UntypedStorage, tensor: torch.Tensor | None) -> Place | None:
         """Older torch frees the memory that it moves: a storage that numpy or DLPack may know stays, and is copied.
