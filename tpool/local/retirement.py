@@ -17,6 +17,7 @@ def end_program() -> None:
     """Collect garbage, run the finalizers of ``multiprocessing``, and wait for threads."""
     gc.collect()
     multiprocessing.util._exit_function()  # type: ignore[attr-defined]
+    ours = (threading.current_thread(), threading.main_thread())  # on Ray, tasks run beside the main thread
     for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
+        if thread not in ours and not thread.daemon:
             thread.join(LINGERING_THREADS_SECONDS)
