@@ -16,7 +16,7 @@ import torch
 
 import tpool
 
-MODULES = ["", "batches", "imaps", "maps", "memory", "pool", "seeing", "tensors.held"]
+MODULES = ["", "batches", "imaps", "maps", "memory", "pool", "ray.spec", "seeing", "tensors.held"]
 
 
 @pytest.mark.parametrize("name", [f"tpool.{name}".rstrip(".") for name in MODULES])
