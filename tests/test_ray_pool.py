@@ -157,6 +157,7 @@ def test_batches_of_a_big_tensor(pool: tpool.Pool) -> None:
     assert pool.empty(3, 4).shape == (3, 4)
 
 
+@pytest.mark.slow
 def test_the_same_random_numbers_as_local_workers(pool: tpool.Pool) -> None:
     with tpool.Pool(1, engine=ENGINE, seed=3) as on_ray, tpool.Pool(1, seed=3) as local:
         assert on_ray.map(tasks.draw, range(5)) == local.map(tasks.draw, range(5))
@@ -251,8 +252,6 @@ def test_a_task_among_many_short_ones_that_kills_its_worker_fails_alone(pool: tp
 
 def test_a_lost_task_is_tried_again(pool: tpool.Pool, tmp_path: Path) -> None:
     assert pool.apply(tasks.die_until, (str(tmp_path / "tries"), 2), retries=2) == 2
-    with pytest.raises(tpool.WorkerLostError, match="attempt 2"):
-        pool.apply(tasks.kill_self, retries=1)
     path = str(tmp_path / "failures")
     assert pool.apply(tasks.fail_until, (path, 3, OSError("again")), retries=2, retry_on=OSError) == 3
 
