@@ -99,8 +99,19 @@ def test_the_readmes_example_of_what_is_beyond_the_standard_library():
     assert lines[-2:] == ["[32, 9]", "[4, 5]"]
 
 
+def test_the_readmes_pools_on_ray_can_be_asked_for(monkeypatch):
+    """The cluster is the reader's, so only what describes it is made."""
+    asked = []
+    monkeypatch.setattr(tpool, "Pool", lambda processes, engine: asked.append((processes, engine)))
+    exec(snippet(README, 'engine="ray"'), {"tpool": tpool})
+    assert asked == [
+        (64, "ray"),
+        (8, tpool.RayEngine(address="10.0.0.1:6379", num_gpus=1, start_timeout=600)),
+    ]
+
+
 def test_no_snippet_of_the_readme_is_left_out():
-    assert len(snippets(README)) == 3
+    assert len(snippets(README)) == 4
 
 
 def test_the_page_for_newcomers():

@@ -19,7 +19,7 @@ import torch
 from kinds import KINDS, KINDS_BY_NAME, Kind, quiet
 
 import tpool
-import tpool.pool
+import tpool.engines
 from tpool.errors import UnsupportedTensorError
 from tpool.local.setup import Settings
 
@@ -35,7 +35,7 @@ MODES = {"share": ("share", True), "share without swap": ("share", False), "copy
 def one_worker(method: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tpool.Pool]:
     """A pool of one worker, which leaves no files behind."""
     sharing, can_swap = MODES[mode]
-    monkeypatch.setattr(tpool.pool, "Settings", functools.partial(Settings, can_swap=can_swap))
+    monkeypatch.setattr(tpool.engines, "Settings", functools.partial(Settings, can_swap=can_swap))
     with quiet(), tpool.Pool(1, context=method, sharing=sharing) as pool:
         yield pool
         pool.apply(kinds.forget_scratch)

@@ -39,6 +39,11 @@ def method(request):
     return request.param
 
 
+# Workers that are spawned take seconds to start and then run the same code: once started, seldom is enough.
+SELDOM_SPAWN = ["forkserver", "fork", pytest.param("spawn", marks=pytest.mark.slow)]
+seldom_spawned = pytest.mark.parametrize("method", SELDOM_SPAWN)
+
+
 # The API ----------------------------------------------------------------------------------------------------------
 
 
@@ -291,6 +296,7 @@ def test_join_with_a_timeout(tmp_path):
     pool.join(timeout=DEADLINE)
 
 
+@seldom_spawned
 def test_terminate_gives_every_waiting_call_an_end(method):
     with tpool.Pool(2, context=method) as pool:
         pool.apply(tasks.double, (1,))
@@ -376,6 +382,7 @@ def test_surroundings(method, tmp_path, monkeypatch):
     assert tpool.get_worker_info() is None
 
 
+@seldom_spawned
 def test_seeds_differ_by_worker(method):
     with tpool.Pool(2, context=method) as pool:
         seen = {one["info"].id: one for one in pool.map(tasks.surroundings, range(20), chunksize=1)}
@@ -383,6 +390,7 @@ def test_seeds_differ_by_worker(method):
             assert seen[0]["info"].seed != seen[1]["info"].seed
 
 
+@seldom_spawned
 def test_multiprocessing_objects_in_initargs(method):
     context = multiprocessing.get_context(method)
     objects = (context.Lock(), context.Event(), context.Queue(), context.Value("i", 0), 2)
@@ -420,6 +428,7 @@ def test_an_initializer_that_raises_ends_the_pool_with_its_error(method):
         assert later.value.__cause__ is caught.value
 
 
+@seldom_spawned
 def test_maxtasksperchild_counts_tasks_not_chunks(method):
     with tpool.Pool(1, maxtasksperchild=3, context=method) as pool:
         pids = pool.map(tasks.get_pid, range(12), chunksize=6)
@@ -428,6 +437,7 @@ def test_maxtasksperchild_counts_tasks_not_chunks(method):
         assert max(pids.count(pid) for pid in pids) <= 3
 
 
+@seldom_spawned
 def test_a_retired_worker_collects_its_garbage(method, tmp_path):
     end = tmp_path / "end"
     with tpool.Pool(1, maxtasksperchild=1, context=method) as pool:
@@ -454,6 +464,7 @@ def test_tensors_pass_through_nested_pools(pool):
     assert torch.equal(tensor, torch.ones(10_000))  # one memory, two hops away
 
 
+@seldom_spawned
 def test_tasks_that_wait_for_each_other_do_not_deadlock(method, tmp_path):
     with tpool.Pool(3, context=method) as pool:
         pool.map(tasks.identity, range(1000), chunksize=1)  # so that tasks are believed to be short
@@ -477,6 +488,7 @@ def test_a_killed_worker_fails_its_task_only(method):
         assert pool.stats().workers_lost == 1
 
 
+@seldom_spawned
 def test_a_killed_worker_in_streams_and_maps(method):
     with tpool.Pool(2, context=method) as pool:
         outcomes = []
@@ -689,6 +701,7 @@ def test_a_large_map_is_not_in_the_way_of_a_small_call(pool):
     big.wait(DEADLINE)
 
 
+@seldom_spawned
 def test_pools_in_turn_all_end(method):
     """A worker's end is told by two messengers, in either order; the pool once waited for ever for the second."""
     for _ in range(20 if method != "spawn" else 2):

@@ -195,7 +195,7 @@ def test_a_shared_model_is_trained_by_all(sharing: tpool.Pool) -> None:
     assert all(bool(parameter.eq(99).all()) for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("sharing", ["shared", None, 1])
+@pytest.mark.parametrize("sharing", ["shared", 1, True])
 def test_other_modes_are_refused(sharing: Any) -> None:
     with pytest.raises(ValueError, match="sharing must be 'share' or 'copy'"):
         tpool.Pool(1, sharing=sharing)

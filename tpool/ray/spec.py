@@ -62,7 +62,14 @@ class RayEngine:
         return ", ".join(f"{amount:g} {name}" for name, amount in amounts.items() if amount) or "nothing"
 
     def fits(self, total: Mapping[str, float]) -> int:
-        """How many workers a cluster of these resources has room for; GPUs count where workers need some."""
+        """How many workers there is room for; GPUs count where workers need some.
+
+        Args:
+            total: the cluster's resources, by Ray's names: ``{"CPU": 8.0, "GPU": 1.0}``.
+
+        Returns:
+            At least 0.
+        """
         if self.num_gpus:
             return math.floor(total.get("GPU", 0) / self.num_gpus)
         return math.floor(total.get("CPU", 0) / self.num_cpus) if self.num_cpus else 0
