@@ -141,9 +141,8 @@ def test_tasks_are_taken_back_and_a_kill_loses_what_runs(stage: Stage, tmp_path:
     stage.do(RecallTasks(WorkerId(0)))
     recalled = stage.until(TasksRecalled)
     assert recalled.count in (2, 3), "two wait, or three if the second has not begun"
+    open(gates[1], "w").close()  # a local worker settles when it reads on, after the task that it runs
     stage.until(RecallSettled)
-
-    open(gates[1], "w").close()
     stage.results(4 - recalled.count)
     before = len(stage.events)
     stage.do(SendTasks(WorkerId(0), [Task(job, 4, engine.encode(gates[2]))]))

@@ -46,6 +46,7 @@ def test_every_kind_arrives_or_is_refused(pool: tpool.Pool) -> None:
         assert "\n".join(failures(pool, CHOSEN, send, fetch)) == ""
 
 
+@pytest.mark.slow  # on a busy machine torch's own manager of names may be gone when such a tensor is made
 def test_named_memory_arrives(pool: tpool.Pool) -> None:
     with quiet():
         assert "\n".join(failures(pool, [kind for kind in KINDS if "by name" in kind.name], send, fetch)) == ""
