@@ -31,6 +31,10 @@ for cases in CASES.values():
 
 DEADLINE = 60.0
 
+# Those that start many interpreters, which takes half a minute, are spawned only when asked for.
+_METHODS = [pytest.param(method, marks=pytest.mark.slow) if method == "spawn" else method for method in START_METHODS]
+SELDOM_SPAWNED = pytest.mark.parametrize("start_method", _METHODS)
+
 
 @pytest.fixture(params=START_METHODS)
 def start_method(request: pytest.FixtureRequest) -> Any:
@@ -118,6 +122,7 @@ def test_no_resource_warning_after_the_end(start_method: str) -> None:
         _drop(pools)
 
 
+@SELDOM_SPAWNED
 def test_pool_worker_lifetime(start_method: str) -> None:
     """No worker runs more tasks than it may; others come in its place and no result is lost."""
     with Pool(3, maxtasksperchild=4, context=start_method) as pool:
@@ -187,6 +192,7 @@ def test_pool_that_cannot_start_leaves_nothing(start_method: str) -> None:
     assert run_script(source, DEADLINE, args=[start_method]).expect_success().stdout == "[]\n"
 
 
+@SELDOM_SPAWNED
 def test_pool_in_process(start_method: str) -> None:
     """A process that a program starts can have a pool of its own."""
     process = get_context(start_method).Process(target=_pool_in_process, args=(start_method,))
