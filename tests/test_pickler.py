@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 
 from tpool.errors import DecodeError, SharedMemoryExhausted, UnsupportedTensorError
 from tpool.tensors.arena import Allocator, Arena, Ledger
+from tpool.tensors.cures import add_cure
 from tpool.tensors.definitions import Definitions
 from tpool.tensors.leases import Block, Memory, table
 from tpool.tensors.payload import STOP, Payload, Received
@@ -476,6 +477,8 @@ def test_what_cannot_be_pickled_fails_as_with_pickle(codec, obj, error):
         codec.dumps([obj])
     with pytest.raises(error) as theirs:
         pickle.dumps([obj])
+    assert str(ours.value).startswith(f"{theirs.value}: "), "pickle's words, and then the cure"
+    add_cure(theirs.value)
     assert str(ours.value) == str(theirs.value)
     assert not getattr(ours.value, "__notes__", None), "the message names the type already"
 

@@ -16,7 +16,6 @@ from tpool.local.crew import Crew, SlotRecord
 from tpool.local.hunger import Hunger
 from tpool.local.setup import PoolMemory
 from tpool.messages import JobId
-from tpool.tensors.cures import add_cure
 from tpool.tensors.held import Holder, Reference
 from tpool.tensors.payload import HeldObject, Payload
 from tpool.tensors.plain import dumps_plain
@@ -89,7 +88,7 @@ class Encoder:
     def _hold(self, share: bool, obj: object) -> HeldObject:
         self._patience.set_patience(None)
         began = monotonic()
-        encoded = self._dumps(obj, "share" if share else None)
+        encoded = self._codec.dumps(obj, sharing="share" if share else None)
         if self._encodings is not None:
             self._encodings.note(began, monotonic(), wire.carried_nbytes(encoded))
         return self._holder.hold(encoded)
@@ -112,7 +111,7 @@ class Encoder:
         encoded: Payload | bytes | None = dumps_plain(obj)
         if encoded is None:
             self._patience.set_patience(patient)
-            encoded = self._dumps(obj)
+            encoded = self._codec.dumps(obj)
         if encodings is not None and (type(encoded) is not bytes or len(encoded) >= NOTED_NBYTES):
             encodings.note(began, monotonic(), wire.carried_nbytes(encoded))
         return encoded
@@ -122,21 +121,10 @@ class Encoder:
         self._patience.set_patience(None)
         encodings = self._encodings
         began = 0.0 if encodings is None else monotonic()
-        try:
-            encoded = self._codec.dumps_call(function, args, kwds)
-        except Exception as error:
-            add_cure(error)
-            raise
+        encoded = self._codec.dumps_call(function, args, kwds)
         if encodings is not None and (type(encoded) is not bytes or len(encoded) >= NOTED_NBYTES):
             encodings.note(began, monotonic(), wire.carried_nbytes(encoded))
         return encoded
-
-    def _dumps(self, obj: object, sharing: Sharing | None = None, *, spawning: bool = False) -> Payload:
-        try:
-            return self._codec.dumps(obj, sharing=sharing, spawning=spawning)
-        except Exception as error:
-            add_cure(error)
-            raise
 
     def encoded_nbytes(self, encoded: Payload | bytes) -> int:
         """See Engine."""

@@ -81,7 +81,7 @@ class LocalEngine(Encoder):
         self._initializer: Payload | None = None
         try:
             if settings.method != "fork":
-                self._initializer = self._dumps((settings.initializer, settings.initargs), spawning=True)
+                self._initializer = self._codec.dumps((settings.initializer, settings.initargs), spawning=True)
         except BaseException:
             os.close(self._wake_fd)
             self._memory.close()

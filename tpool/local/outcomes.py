@@ -8,7 +8,6 @@ from time import monotonic
 from tpool.errors import MaybeEncodingError, TpoolError
 from tpool.local.calls import Marks
 from tpool.local.story import format_remote, safe_repr
-from tpool.tensors.cures import add_cure
 from tpool.tensors.payload import Payload
 from tpool.tensors.pickler import Codec
 from tpool.tensors.plain import dumps_plain
@@ -35,7 +34,6 @@ def encode_value(codec: Codec, value: object, marks: Marks) -> Payload | bytes:
     except TpoolError:
         raise  # tells what cannot travel, and why, better than we could
     except Exception as error:
-        add_cure(error)
         raise MaybeEncodingError(error, safe_repr(value)) from error
 
 

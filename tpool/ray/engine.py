@@ -46,7 +46,6 @@ from tpool.ray.parcels import Parcel, pack
 from tpool.ray.private import PrivateMemory
 from tpool.ray.settings import RaySettings
 from tpool.ray.starting import Starting
-from tpool.tensors.cures import add_cure
 from tpool.tensors.definitions import Definitions
 from tpool.tensors.held import Holder, Reference
 from tpool.tensors.payload import HeldObject, Payload
@@ -90,7 +89,7 @@ class ActorEngine:
         try:
             self._holder = Holder(self._codec.memory, self.wake)
             self._orders = Orders(definitions, self._ray.put, self._slots)
-            initializer = pack(self._dumps((settings.initializer, settings.initargs)), self._ray.put)
+            initializer = pack(self._codec.dumps((settings.initializer, settings.initargs)), self._ray.put)
         except BaseException:
             os.close(self._wake_fd)
             raise
@@ -109,23 +108,12 @@ class ActorEngine:
     def encode(self, obj: Any, patient: Callable[[], bool] | None = None) -> Encoded:
         """See Engine; a snapshot. Never waits for memory: Ray spills what its store cannot hold."""
         stream = dumps_plain(obj)
-        return self._pack(self._dumps(obj)) if stream is None else stream
+        return self._pack(self._codec.dumps(obj)) if stream is None else stream
 
     def encode_call(self, function: Any, args: tuple[Any, ...], kwds: dict[str, Any]) -> Encoded:
         """See Engine."""
-        try:
-            payload = self._codec.dumps_call(function, args, kwds)
-        except Exception as error:
-            add_cure(error)
-            raise
+        payload = self._codec.dumps_call(function, args, kwds)
         return payload if isinstance(payload, bytes) else self._pack(payload)
-
-    def _dumps(self, obj: Any) -> Payload:
-        try:
-            return self._codec.dumps(obj)
-        except Exception as error:
-            add_cure(error)
-            raise
 
     def _pack(self, payload: Payload) -> Parcel:
         return pack(payload, self._ray.put)
@@ -142,7 +130,7 @@ class ActorEngine:
         return Reference(self._hold, obj)
 
     def _hold(self, obj: object) -> HeldObject:
-        return self._holder.hold(self._pack(self._dumps(obj)))  # type: ignore[arg-type]
+        return self._holder.hold(self._pack(self._codec.dumps(obj)))  # type: ignore[arg-type]
 
     def empty(self, size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """See Engine: an ordinary tensor, as there is no memory that all nodes share."""

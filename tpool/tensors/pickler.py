@@ -27,6 +27,7 @@ import torch
 
 from tpool.tensors import descriptors, reducers, torch_private, unpickler
 from tpool.tensors.byvalue import DISPATCH, NAMED_TYPES
+from tpool.tensors.cures import add_cure
 from tpool.tensors.definitions import Definitions
 from tpool.tensors.descriptors import carrying
 from tpool.tensors.held import Reference, reduce_reference
@@ -143,6 +144,7 @@ class Codec:
         except BaseException as error:
             message.abandon()
             _note_type(error, pickler.last)
+            add_cure(error)
             raise
 
     def loads(self, received: Received | bytes) -> object:
