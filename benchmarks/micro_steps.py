@@ -83,6 +83,9 @@ class Bench:
     def steps(self) -> Iterator[Step]:
         """All steps, from a tensor to its receiver, then of tasks without tensors."""
         yield Step("allocate a block of 4 KB and let it go", 5.0, tuple, self.allocate)
+        yield Step("the same, never touched before, and touch it", 14.0, self.untouched, self.touch)
+        yield Step("find the block of an address", 1.5, self.blocks, self.find)
+        yield Step("the hooks of a fork, for each live block", 0.3, self.blocks, self.fork)
         yield Step("claim 4 KB of a slab", 1.2, tuple, self.claim)
         yield Step("move a 4 KB storage into a slab", 9.0, self.fresh, self.move)
         yield Step("reduce a fresh 4 KB tensor", 15.0, self.fresh, self.reduce)
@@ -115,6 +118,23 @@ class Bench:
     def allocate(self, _: object) -> None:
         for _each in range(COUNT):
             self.memory.allocate(4096)
+
+    def untouched(self) -> None:
+        self.table.trim(self.arena)
+
+    def touch(self, _: object) -> list[leases.Block]:
+        blocks = self.blocks()
+        for block in blocks:
+            block.view[0] = 1
+        return blocks
+
+    def find(self, blocks: list[leases.Block]) -> None:
+        for block in blocks:
+            self.table.locate(self.arena.address + block.offset, block.nbytes)
+
+    def fork(self, _: object) -> None:
+        self.table.before_fork()
+        self.table.after_fork_in_parent()
 
     def claim(self, _: object) -> list[leases.Block]:
         blocks: list[leases.Block] = []

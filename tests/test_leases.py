@@ -92,18 +92,19 @@ def test_a_block_is_found_by_its_address_while_it_lives(one: Process) -> None:
     block = one.allocate(1000)
     block.view[:] = bytes(range(250)) * 4
     address = one.arena.address + block.offset
-    found = one.table.find(address)
-    assert found is not None
-    assert (found.arena, found.offset, found.nbytes) == (one.arena, block.offset, 1000)
+    located = one.table.locate(address, 1000)
+    assert located is not None
+    found, start = located
+    assert (found.arena, found.offset, found.nbytes, start) == (one.arena, block.offset, 1000, 0)
     assert found.view == block.view
-    assert one.table.find(address + 1) is None
-    assert one.table.find(address + 64) is None
+    for elsewhere in ((address + 1, 999), (address + 64, 936), (address, 999), (address, 1001)):
+        assert one.table.locate(*elsewhere) is None, "a block that is no slab is found whole"
     del block
-    assert one.table.find(address) is not None, "what was found keeps it alive"
-    del found
-    assert one.table.find(address) is None
+    assert one.table.locate(address, 1000) is not None, "what was found keeps it alive"
+    del found, located
+    assert one.table.locate(address, 1000) is None
     one.table.collect()
-    assert one.table.find(address) is None
+    assert one.table.locate(address, 1000) is None
     assert one.allocator.blocks_in_use == 0
 
 
@@ -131,7 +132,7 @@ def test_whatever_is_made_from_a_view_keeps_the_block(one: Process, derive: Call
     derived = derive(block.view)
     del block
     gc.collect()
-    assert one.table.find(one.arena.address + offset) is not None
+    assert one.table.locate(one.arena.address + offset, 64) is not None
     second = one.allocate(64)
     assert second.offset != offset
     del derived
@@ -148,7 +149,7 @@ def test_blocks_in_garbage_cycles_die_with_them(one: Process) -> None:
     # Views of views in such a cycle crash the collector of CPython 3.11; ours must not be such.
     for _ in range(5):
         block = one.allocate(5000)
-        found = one.table.find(one.arena.address + block.offset)
+        found = one.table.locate(one.arena.address + block.offset, 5000)
         assert found is not None
         cycle: list[object] = [found, block.view[1:], block.view.toreadonly(), np.frombuffer(block.view, np.uint8)]
         cycle += [block, torch.frombuffer(block.view, dtype=torch.uint8), cycle]
@@ -168,7 +169,7 @@ def test_views_outlive_table_and_arena() -> None:
         process.table.allocate(process.arena, 1)
     assert tensor.sum() == 7 * 64
     address = tensor.data_ptr()
-    assert process.table.find(address) is not None
+    assert process.table.locate(address, 64) is not None
     del tensor
     process.table.collect()
     assert process.arena.fd == -1
@@ -528,9 +529,9 @@ class Cyclic:
         assert (self.tensor == self.depth).all()
         if self.depth:
             child = Cyclic(self.pair, self.depth - 1)
-            block = self.pair.a.table.find(child.tensor.data_ptr())
-            assert block is not None
-            self.pair.send(block, self.pair.a, self.pair.b)
+            located = self.pair.a.table.locate(child.tensor.data_ptr(), child.tensor.nbytes)
+            assert located is not None
+            self.pair.send(located[0], self.pair.a, self.pair.b)
 
 
 @pytest.mark.usefixtures("collect_always")

@@ -121,11 +121,11 @@ def test_a_child_that_executes_another_program_holds_nothing(process: Process) -
 
 def test_a_forked_child_owns_nothing_and_may_start_anew(process: Process) -> None:
     tensor = process.tensor(5000, 7)
-    blocks = [process.table.find(tensor.data_ptr())]
+    blocks = [process.table.locate(tensor.data_ptr(), tensor.nbytes)[0]]
 
     def child() -> None:
         assert process.table is table()
-        assert process.table.find(tensor.data_ptr()) is None
+        assert process.table.locate(tensor.data_ptr(), tensor.nbytes) is None
         assert process.table.arena(process.arena.id) is None
         assert process.arena.fd == -1
         for attempt in (

@@ -154,8 +154,9 @@ class Pool(RuleBasedStateMachine):
 
     def put(self, name: int, to: int, kept: tuple[Block, int], times: int) -> None:
         process, (block, stamp) = self.parties[name], kept
-        found = process.table.find(block.arena.address + block.offset)
-        assert found is not None
+        located = process.table.locate(block.arena.address + block.offset, block.nbytes)
+        assert located is not None
+        found, _ = located
         assert (found.arena, found.offset, found.nbytes) == (block.arena, block.offset, block.nbytes)
         process.table.lend([found] * times, process.peers[to])
         handle = (block.arena.id, block.offset, block.nbytes)

@@ -168,13 +168,11 @@ class BlockTable:
         guard = None if watch is None else watch()
         return None if guard is None else weakref.ref(guard, lambda _: call())
 
-    def find(self, address: int) -> Block | None:
-        """The live block that starts at this address, in any arena; None if there is none or its views are dead."""
-        entry = self._entries.get(address)
-        return None if entry is None else _block_of(entry)
-
     def locate(self, address: int, nbytes: int) -> tuple[Block, int] | None:
-        """The live block of exactly these bytes, or the slab in which they lie; and where they begin in it."""
+        """The live block of exactly these bytes, in any arena, or the slab in which they lie; and where they begin.
+
+        None if there is none or its views are dead.
+        """
         entry = self._entries.get(address)
         if entry is None and self._slabs:
             entry = self._slab_around(address)
