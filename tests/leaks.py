@@ -18,16 +18,15 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from faults.procs import SHM, mapped_shm, shm_inode
 from support import ProcessInfo, process_info, processes, wait_until
 
 __all__ = ["Snapshot", "expected_descriptors", "expected_processes", "find_leaks"]
 
 # For what is on its way out. Only a test that leaks waits that long.
 DEADLINE_SECONDS = 5.0
-SHM = Path("/dev/shm")
 # Kept open by libraries for the process's life, opened at first use: hypothesis' examples, the driver of the GPU, the
 # heap of multiprocessing's shared values.
 IGNORED_TARGETS = ("/.hypothesis/", "/dev/nvidia", "/pym-")
@@ -178,12 +177,14 @@ def _is_our_orphan(info: ProcessInfo, ancestors: list[int]) -> bool:
 
 def _ours(leaks: list[str]) -> list[str]:
     """Leave out entries of /dev/shm that a process which is not ours named after itself, or has mapped."""
-    suspects = {leak for leak in leaks if leak.startswith(str(SHM))}
+    suspects = {leak: shm_inode(leak) for leak in leaks if leak.startswith(str(SHM))}
     if not suspects:
         return leaks
     others = [info.pid for info in processes() if info.pid != os.getpid() and not _descends_from_us(info)]
-    mapped = "".join(map(_maps, others))
-    return [leak for leak in leaks if leak not in suspects or not (_maker(leak) in others or leak in mapped)]
+    mapped = set().union(*map(mapped_shm, others))
+    # What has gone since has no inode.
+    strangers = {leak for leak, inode in suspects.items() if not inode or inode in mapped or _maker(leak) in others}
+    return [leak for leak in leaks if leak not in strangers]
 
 
 def _maker(leak: str) -> int:
@@ -192,9 +193,3 @@ def _maker(leak: str) -> int:
     torch, joblib and multiprocessing put it first: ``torch_<pid>_<random>_<count>``, ``pym-<pid>-<random>``.
     """
     return next((int(part) for part in re.split("[-_.]", leak) if part.isdecimal()), 0)
-
-
-def _maps(pid: int) -> str:
-    with contextlib.suppress(OSError):  # gone, or another user's
-        return Path(f"/proc/{pid}/maps").read_text(errors="replace")
-    return ""

@@ -219,6 +219,25 @@ def test_shared_memory_of_others_is_not_ours(maker: int, mapped: bool, leaks: bo
         assert child.communicate("\n", timeout=30)[0] == f"{[str(path)] if leaks else []}\n"
 
 
+def test_semaphores_of_others_are_not_ours() -> None:
+    """Who makes one has mapped it under another name."""
+    source = """if 1:
+        import leaks
+        before = leaks.Snapshot.take()
+        print("ready", flush=True)
+        input()
+        print(len(before.leaks()), leaks.find_leaks(before, 0.1), flush=True)
+    """
+    child = python(source, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        barrier = get_context("spawn").Barrier(2)
+        seen, found = child.communicate("\n", timeout=30)[0].split(maxsplit=1)
+        assert int(seen) >= barrier.parties
+        assert found == "[]\n"
+
+
 def test_a_look_is_cheap() -> None:
     before = Snapshot.take()
     # The best of some, as the machine is shared: two looks per test are to stay below 2 ms.

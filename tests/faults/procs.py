@@ -116,13 +116,32 @@ def shm_left(before: set[str], tag: str) -> list[str]:
     new = shm_entries() - before
     if not new:
         return []
-    strangers = set()
+    strangers: set[int] = set()
     for found in _all():
-        with contextlib.suppress(OSError):
-            if not _tagged(found.pid, tag.encode()):
-                maps = Path(f"/proc/{found.pid}/maps").read_text(errors="replace")
-                strangers |= {name for name in new if f"/dev/shm/{name}" in maps}
-    return sorted((new - strangers) & shm_entries())
+        if not _tagged(found.pid, tag.encode()):
+            strangers |= mapped_shm(found.pid)
+    return sorted(name for name in new & shm_entries() if shm_inode(name) not in strangers)
+
+
+def mapped_shm(pid: int) -> set[int]:
+    """Inodes of what this process has mapped of ``/dev/shm``.
+
+    Names would not do: who makes a semaphore maps it under a passing name, before it is linked to its own.
+    """
+    found = set()
+    with contextlib.suppress(OSError):  # gone, or another user's
+        for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
+            _, _, _, _, inode, *path = line.split(maxsplit=5)
+            if path and path[0].startswith(f"{SHM}/"):
+                found.add(int(inode))
+    return found
+
+
+def shm_inode(name: str) -> int:
+    """The inode of this entry of ``/dev/shm``, 0 if there is none."""
+    with contextlib.suppress(OSError):
+        return (SHM / name).stat().st_ino
+    return 0
 
 
 def listeners(pids: list[int]) -> list[str]:
