@@ -259,7 +259,9 @@ class _Message:
         blocks = outgoing.blocks + self.buffers
         if blocks or outgoing.fds or self.marked:
             self.chunks.append(TRAILER.pack(len(outgoing.blocks), 0))
-        return Payload(self._stream(), blocks, outgoing.fds, groups, outgoing.keep, self.held)
+        stream = self._stream()
+        new_nbytes = outgoing.new_nbytes + (len(stream) if isinstance(stream, bytes) else stream.nbytes)
+        return Payload(stream, blocks, outgoing.fds, groups, outgoing.keep, self.held, new_nbytes)
 
     def _stream(self) -> bytes | Block:
         chunks = self.chunks
