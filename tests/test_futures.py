@@ -15,6 +15,7 @@ import torch
 from support import wait_until
 
 import tpool
+from tpool.messages import TasksFinished
 from tpool.results import Callbacks
 
 DEADLINE = 30
@@ -187,6 +188,28 @@ def test_what_is_queued_can_be_cancelled(pool, busy):
     wait_until(lambda: errors and done, DEADLINE)
     assert isinstance(errors[0], tpool.TaskCancelledError)
     assert repr(result).endswith(": cancelled>")
+
+
+def test_what_is_asked_before_a_result_is_seen_counts_first(monkeypatch, tmp_path):
+    """The worker is free, and the pool does not know it yet: it must not be sent what was just cancelled."""
+    gate, ran = tmp_path / "gate", tmp_path / "ran"
+    with tpool.Pool(1) as pool:
+        engine = pool._handler.engine
+        look = engine.wait
+
+        def look_and_cancel(timeout):
+            events = look(timeout)
+            if any(isinstance(event, TasksFinished) for event in events):
+                second.cancel()
+            return events
+
+        monkeypatch.setattr(engine, "wait", look_and_cancel)
+        first, second = pool.submit(tasks.wait_for_file, str(gate)), pool.submit(tasks.count_attempt, str(ran))
+        gate.touch()
+        with pytest.raises(tpool.TaskCancelledError):
+            second.result(DEADLINE)
+        assert first.result(DEADLINE)
+    assert not ran.exists()
 
 
 def test_what_runs_cannot_be_cancelled(pool, busy, gate):

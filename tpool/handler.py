@@ -251,7 +251,8 @@ class Handler:
             self._begun.set()
             while not self._ended.is_set():
                 self._take_inbox()
-                self._take_events()
+                if not self._ended.is_set():
+                    self._take_events()
         except BaseException as error:  # our bug; whoever waits must hear of it
             logger.exception("the pool's handler failed")
             self._collapse(error)
@@ -269,8 +270,6 @@ class Handler:
                 self._handle(item)  # type: ignore[arg-type]
 
     def _take_events(self) -> None:
-        if self._ended.is_set():
-            return
         self._napping, self._more_soon = self._more_soon, False
         self._asleep = True
         timeout: float | None = NAP_SECONDS if self._napping else None
@@ -283,6 +282,9 @@ class Handler:
         self.engine.can_lend = self.scheduler.can_lend
         events = self.engine.wait(timeout)
         self._asleep = False
+        self._take_inbox()  # first what was asked before these came: a worker that is to leave gets no other task
+        if self._ended.is_set():
+            return
         for event in events:
             self._handle(event)
         wake_at = self.scheduler.wake_at
