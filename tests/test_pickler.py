@@ -33,6 +33,7 @@ from tpool.tensors.definitions import Definitions
 from tpool.tensors.leases import Block, Memory, table
 from tpool.tensors.payload import STOP, Payload, Received
 from tpool.tensors.pickler import INLINE_NBYTES, OUT_OF_BAND_NBYTES, Codec
+from tpool.tensors.plain import dumps_plain
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,17 @@ def test_a_plain_stream_is_plain_pickle(codec):
         data = codec.dumps(obj).data
         assert data[-1] == STOP
         assert pickle.loads(data) == obj
+
+
+def test_what_pickle_alone_will_do_is_seen_at_a_glance():
+    for obj in ([], [1, "a", (2.5, None)], ([1], (2, [3])), [()], {}, [len]):
+        assert pickle.loads(dumps_plain(obj)) == obj
+    for obj in ([[1]], [1, ([2],)], list(range(100)), [torch.ones(1)], [object()], {1: 2}):
+        assert dumps_plain(obj) is None
+    cyclic = [1]
+    cyclic.append((cyclic, 2))
+    assert dumps_plain(cyclic) is None
+    assert dumps_plain(cyclic[1]) is None
 
 
 @pytest.mark.parametrize("nbytes", [INLINE_NBYTES - 100, INLINE_NBYTES + 1, 200_000])

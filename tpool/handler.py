@@ -61,8 +61,7 @@ from tpool.scheduler import Scheduler
 
 logger = logging.getLogger("tpool")
 
-# At the interpreter's exit: long enough to kill workers in good order, short enough that nobody waits for a stuck one;
-# what is left then dies with this process anyway.
+# At the interpreter's exit: enough to kill workers in good order; what is left then dies with this process anyway.
 EXIT_SECONDS = 2.0
 
 # A feeder of microsecond tasks would wake this thread for each one, which costs more than the task; so it lets them
@@ -103,7 +102,7 @@ class Handler:
         self._asleep = False
         # Tasks were submitted "soon", so this thread only naps; written before _asleep, read after it.
         self._napping = False
-        self._more_soon = False
+        self._nap_until = 0.0
         self._followups: deque[Event] = deque()
         self._begun = threading.Event()
         self._ended = threading.Event()
@@ -174,8 +173,9 @@ class Handler:
         """Add a task of microseconds to the end of its job: many of them are taken up together, in ``NAP_SECONDS``."""
         inbox = self._inbox
         inbox.append(task)
-        self._more_soon = True
+        self._nap_until = monotonic() + NAP_SECONDS
         if self._asleep and (not self._napping or len(inbox) >= NAP_TASKS):
+            self._asleep = False  # one wake-up will do; never in post: an interrupt between these two would lose it
             self.engine.wake()
         if self._last_words is not None:
             self._abandon_all()
@@ -270,7 +270,7 @@ class Handler:
                 self._handle(item)  # type: ignore[arg-type]
 
     def _take_events(self) -> None:
-        self._napping, self._more_soon = self._more_soon, False
+        self._napping = monotonic() < self._nap_until
         self._asleep = True
         timeout: float | None = NAP_SECONDS if self._napping else None
         if self._inbox:

@@ -10,6 +10,7 @@ from tpool.local.crew import Crew
 from tpool.local.setup import PoolMemory
 from tpool.local.wire import Kind
 from tpool.messages import JobId, Task
+from tpool.tensors.leases import Block
 from tpool.tensors.payload import GroupId, HeldObject, Payload
 
 __all__ = ["Orders"]
@@ -91,13 +92,17 @@ class Orders:
     def _pack_tasks(self, tasks: list[Task], fds: list[int]) -> bytes:
         """The body of a message of tasks; their descriptors are added to ``fds``."""
         parts: list[bytes] = []
+        blocks: list[Block] = []
         for task in tasks:
             payload: Payload | bytes = task.payload
             if not isinstance(payload, bytes):
-                self._put_prerequisites(payload)
+                if payload.groups or payload.held:
+                    self._put_definitions(payload)
+                blocks += wire.all_blocks(payload)
                 fds += payload.fds
             parts.append(wire.TASK.pack(task.job, task.index))
             parts.append(wire.pack_payload(payload))
+        self._lend(blocks)
         return b"".join(parts)
 
     def _put_job(self, job: JobId) -> None:
@@ -113,17 +118,20 @@ class Orders:
         self.channel.put(Kind.JOB, wire.JOB.pack(job, mode) + wire.pack_payload(payload), fds)
 
     def _put_prerequisites(self, payload: Payload) -> None:
-        """What the worker must know before this payload: definitions, arenas; and its leases begin."""
+        """What the worker must know before this payload: definitions, objects, arenas; and its leases begin."""
+        self._put_definitions(payload)
+        self._lend(wire.all_blocks(payload))
+
+    def _put_definitions(self, payload: Payload) -> None:
         if payload.groups:
             for group, definition in self._memory.definitions.missing(payload.groups, self._sent_groups):
                 self._sent_groups.add(group)
                 self._put_objects(definition.held)
-                self._lend(definition)
+                self._lend(wire.all_blocks(definition))
                 body = wire.pack_id(group) + wire.pack_payload(definition)
                 self.channel.put(Kind.GROUP, body, tuple(definition.fds))
         if payload.held:
             self._put_objects(payload.held)
-        self._lend(payload)
 
     def _put_objects(self, objects: list[HeldObject]) -> None:
         for held in objects:
@@ -133,12 +141,10 @@ class Orders:
                 self._put_prerequisites(payload)
                 self.channel.put(Kind.OBJECT, wire.pack_id(held.id) + wire.pack_payload(payload), tuple(payload.fds))
 
-    def _lend(self, payload: Payload) -> None:
-        blocks = wire.all_blocks(payload)
+    def _lend(self, blocks: list[Block]) -> None:
         if not blocks:
             return
-        for block in blocks:
-            arena = block.arena
+        for arena in {block.arena for block in blocks}:
             if arena.id not in self._sent_arenas:
                 self._sent_arenas.add(arena.id)
                 self.channel.put(Kind.ARENA, wire.pack_id(arena.id), (arena.fd,))

@@ -17,7 +17,6 @@ import marshal
 import struct
 from collections.abc import Callable, Iterator
 from enum import IntEnum
-from itertools import chain
 from typing import Any
 
 from tpool.errors import ProtocolError
@@ -101,9 +100,9 @@ def pack_payload(payload: Payload | bytes) -> bytes:
         flags = DATA_IN_BLOCK
         blocks = [*blocks, data]
         data = b""
-    numbers = chain.from_iterable([(block.arena.id, block.offset, block.nbytes) for block in blocks])
     head = _PAYLOAD.pack(flags, len(payload.fds), len(blocks), len(data))
-    return b"".join((head, struct.pack(f"<{3 * len(blocks)}Q", *numbers), data))
+    pack = _BLOCK.pack
+    return b"".join([head, *[pack(block.arena.id, block.offset, block.nbytes) for block in blocks], data])
 
 
 def unpack_payload(body: bytes, position: int, fds: list[int], receive: ReceiveBlock) -> tuple[Received, int]:
