@@ -63,6 +63,7 @@ class FakeEngine:
     def __init__(self) -> None:
         self.may_give_back: Callable[[], bool] = lambda: False
         self.awaits_earlier: Callable[[], bool] = lambda: False
+        self.tell_waiting: Callable[[str], object] = str
         self.pressing = self.can_lend = False
         self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._jobs: dict[Any, Any] = {}

@@ -21,6 +21,7 @@ from ray_support import REASON, actor_pids, expect_nothing_left
 from support import process_info, wait_until
 
 import tpool
+from tpool.ray import starting
 
 pytest.importorskip("ray")
 pytestmark = [pytest.mark.ray, pytest.mark.leaves(REASON), pytest.mark.timeout(120)]
@@ -350,6 +351,22 @@ def test_waiting_for_resources_ends(local_ray: Any, caplog: pytest.LogCaptureFix
         pytest.raises(tpool.WorkerStartError, match=r"each needs 1000 CPU.*of 4 CPU"),
     ):
         pool.map(tasks.double, [1])
+
+
+def test_progress_tells_what_workers_wait_for(local_ray: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(starting, "TELL_SECONDS", 0.1)
+    seen: list[tpool.Progress] = []
+    with tpool.Pool(1, engine=tpool.RayEngine(num_cpus=4)) as first:
+        assert first.apply(tasks.double, (1,)) == 2
+        with tpool.Pool(1, engine=tpool.RayEngine(num_cpus=4)) as second:
+            result = second.map_async(tasks.double, [1, 2], progress=seen.append)
+            wait_until(lambda: seen and seen[-1].waiting, DEADLINE)
+            assert seen[-1].waiting.startswith("1 of 1 workers wait for resources: each needs 4 CPU, and free")
+            assert (seen[-1].done, seen[-1].finished) == (0, False)
+            first.terminate()
+            assert result.get(DEADLINE) == [2, 4]
+            wait_until(lambda: seen[-1].finished, DEADLINE)
+            assert seen[-1].waiting == ""
 
 
 # The end ------------------------------------------------------------------------------------------------------------

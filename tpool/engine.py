@@ -110,12 +110,15 @@ class Engine(Protocol):
             waiting for memory is hopeless once no worker runs anything.
         awaits_earlier: set by the handler: whether results of a stream are held back only until an earlier one comes.
             Its worker must not wait for the memory that they hold.
+        tell_waiting: set by the pool: told, in the handler's thread, what workers wait for before they can start; with
+            an empty text once they do not.
         pressing: set by the handler before ``wait``: lent workers are needed back.
         can_lend: likewise: some worker is idle and might be lent.
     """
 
     may_give_back: Callable[[], bool]
     awaits_earlier: Callable[[], bool]
+    tell_waiting: Callable[[str], object]
     pressing: bool
     can_lend: bool
 

@@ -31,6 +31,7 @@ from tpool.limits import POOL, Limits, PoolDefault, RetryOn
 from tpool.local.setup import check_platform
 from tpool.messages import JobId, PoolClosed
 from tpool.opening import Opener
+from tpool.progress import tell_waiting
 from tpool.ray.spec import RayEngine
 from tpool.results import Callbacks, finish
 from tpool.scheduler import Scheduler
@@ -168,6 +169,7 @@ class Pool(StreamCalls, BatchCalls, Sized, Seen):
         self._callbacks = Callbacks(name)
         scheduler = Scheduler(count, max_tasks)
         self._handler = Handler(self._engine, scheduler, self._callbacks, name)
+        self._engine.tell_waiting = functools.partial(tell_waiting, self._handler.sinks)
         self._handler.names = {} if timeline else None
         self._gate = Gate(self._handler, count)
         self._opener = Opener(self._engine, self._handler, self._gate, max_tasks, memory_nbytes // STREAM_SHARE, seed)

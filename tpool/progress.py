@@ -8,14 +8,15 @@ Showing is user code, or as slow: it runs in the callback thread, and what arriv
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any, TypeVar
 
 from tpool.engine import Result
 from tpool.map_result import MapResult
-from tpool.results import Callbacks, Failure, SharedFailure
+from tpool.messages import JobId
+from tpool.results import Callbacks, Failure, SharedFailure, Sink
 from tpool.stats import PoolStats
 from tpool.streams import Stream
 
@@ -37,6 +38,8 @@ class Progress:
         moved_nbytes: bytes that the pool moved by handle since then, for all its calls.
         workers_lost: workers that the pool lost since then.
         finished: whether this is the last there will be of this call.
+        waiting: what workers wait for before they can start, in words; empty if for nothing. Told on Ray, where a
+            cluster may have no room for them yet.
     """
 
     done: int
@@ -45,6 +48,7 @@ class Progress:
     moved_nbytes: int
     workers_lost: int
     finished: bool
+    waiting: str = ""
 
 
 Show = Callable[[Progress], object]
@@ -74,6 +78,12 @@ class Meter:
         self._over = False
         self._posted = False
         self._closed = threading.Event()
+        self._waiting = ""
+
+    def note(self, waiting: str) -> None:
+        """Workers wait for this before they can start; empty: no longer."""
+        self._waiting = waiting
+        self._post()
 
     def add(self, items: int) -> None:
         """So many more items have their outcomes."""
@@ -107,7 +117,7 @@ class Meter:
         lost = now.workers_lost - self._before.workers_lost
         moved = now.moved_nbytes - self._before.moved_nbytes
         try:
-            show(Progress(self._done, self._total, monotonic() - self._began, moved, lost, over))
+            show(Progress(self._done, self._total, monotonic() - self._began, moved, lost, over, self._waiting))
         except BaseException:
             self._show = None
             raise  # to the log
@@ -117,9 +127,13 @@ class Meter:
 
 
 class _Metered:
-    """Mixed into a sink whose meter hears of its end."""
+    """Mixed into a sink whose meter hears of its end, and of what the pool waits for."""
 
     _meter: Meter
+
+    def note(self, waiting: str) -> None:
+        """See Meter."""
+        self._meter.note(waiting)
 
     def finish(self) -> None:
         """See Sink."""
@@ -178,6 +192,13 @@ class MeteredStream(_Metered, Stream):
         super().resolve(index, result)
 
 
+def tell_waiting(sinks: Mapping[JobId, Sink], text: str) -> None:
+    """Show with the progress of all calls what workers wait for before they can start."""
+    for sink in list(sinks.values()):
+        if isinstance(sink, _Metered):
+            sink.note(text)
+
+
 def check_progress(progress: bool | Show, story: str) -> Show | None:
     """What shows the progress: the user's callable, or a bar named ``story``; None for nothing.
 
@@ -217,6 +238,8 @@ class Bar:
         notes = [f"{progress.moved_nbytes / 1e6:.1f} MB moved"] if progress.moved_nbytes else []
         if progress.workers_lost:
             notes.append(f"{progress.workers_lost} workers lost")
+        if progress.waiting:
+            notes.append(progress.waiting.partition(":")[0])  # the whole is in the log
         self._bar.set_postfix_str(", ".join(notes), refresh=False)
         self._bar.update(progress.done - self._bar.n)
         if progress.finished:

@@ -73,6 +73,7 @@ class LocalEngine(Encoder):
         self._hungry = False  # somebody waits for memory: idle memory of ours is to be found and given up
         self.may_give_back: Callable[[], bool] = lambda: False
         self.awaits_earlier: Callable[[], bool] = lambda: False
+        self.tell_waiting: Callable[[str], object] = str
         self.pressing = self.can_lend = False
         self._memory = PoolMemory(settings, self._hunger.wait)
         self.logs: LogReceiver | None = self._memory.logs

@@ -78,6 +78,7 @@ class ActorEngine:
         self._ray = cluster.ray
         self.may_give_back: Callable[[], bool] = lambda: False
         self.awaits_earlier: Callable[[], bool] = lambda: False
+        self.tell_waiting: Callable[[str], object] = str
         self.pressing = self.can_lend = False
         self._slots = [SlotRecord() for _ in range(processes)]
         store_nbytes = cluster.store_nbytes() // STORE_SHARE
@@ -96,7 +97,7 @@ class ActorEngine:
         self._results: weakref.WeakSet[Any] = weakref.WeakSet()
         self._shared = Shared(self._ray, self._post, self._codec, self._memory, self._results)
         self._starting = Starting(settings, cluster, self._slots, store_nbytes, initializer, self._orders,
-                                  self._journals)  # fmt: skip
+                                  self._journals, lambda text: self.tell_waiting(text))  # fmt: skip
         self._members: dict[int, Member] = {}
         # Appended to by Ray's threads.
         self._inbox: deque[tuple[Member, str, SentCall | None, Any]] = deque()

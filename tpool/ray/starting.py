@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
@@ -21,7 +22,7 @@ __all__ = ["TELL_SECONDS", "Starting"]
 logger = logging.getLogger("tpool")
 
 TELL_SECONDS = 5.0
-"""When it is first told that workers wait for resources; where there is room, their processes start at once."""
+"""When it is told that workers wait for resources, and told again; where there is room, processes start at once."""
 
 
 class Starting:
@@ -35,10 +36,12 @@ class Starting:
         journals: of the slots whose workers are near.
         initializer: (function, arguments).
         orders: says what a worker must hear first.
+        tell: told what is waited for; with an empty text when that is over.
     """
 
     def __init__(self, settings: RaySettings, cluster: Cluster, slots: list[SlotRecord], store_nbytes: int,
-                 initializer: Parcel, orders: Orders, journals: Journals) -> None:  # fmt: skip
+                 initializer: Parcel, orders: Orders, journals: Journals,
+                 tell: Callable[[str], object]) -> None:  # fmt: skip
         self._settings = settings
         self._spec = settings.spec
         self._cluster = cluster
@@ -50,7 +53,9 @@ class Starting:
         self._class = actor_class(cluster.ray)
         self._waiting: dict[int, Member] = {}  # by worker id: without a process
         self._begun_at = 0.0  # when the present wait began
-        self._tell_at = 0.0
+        self._tell = tell
+        self._told = False
+        self._tell_at = self._log_at = 0.0
 
     def start(self, action: StartWorker, shared: Shared, record: SlotRecord) -> Member:
         """Ask for a worker."""
@@ -72,7 +77,7 @@ class Starting:
         record.vacant = False
         if not self._waiting:
             self._begun_at = monotonic()
-            self._tell_at = self._begun_at + TELL_SECONDS
+            self._tell_at = self._log_at = self._begun_at + TELL_SECONDS
         self._waiting[member.id] = member
         member.watch()
         return member
@@ -80,14 +85,20 @@ class Starting:
     def hear(self, member: Member, kind: str, value: Any) -> None:
         """Something was heard of a member: if it has a process now, it becomes a worker."""
         if kind == "live" or (kind == "hello" and isinstance(value, BaseException)):
-            self._waiting.pop(member.id, None)
+            self._got(member)
         elif kind == "hello":
-            self._waiting.pop(member.id, None)
+            self._got(member)
             assert self._initializer is not None
             near = member.node == self._cluster.node_id()
             journal = self._journals.hand_over(member.slot) if near else None
             hello = self._settings.hello(member.slot, self._processes(), self._store_nbytes, journal)
             self._orders.begin(member, hello, self._initializer)
+
+    def _got(self, member: Member) -> None:
+        self._waiting.pop(member.id, None)
+        if self._told and not self._waiting:
+            self._told = False
+            self._tell("")
 
     def until_due(self, timeout: float | None) -> float | None:
         """How long the handler may sleep."""
@@ -102,8 +113,12 @@ class Starting:
             return
         now = monotonic()
         if now >= self._tell_at:
-            self._tell_at = now + max(TELL_SECONDS, self._spec.start_timeout)
-            logger.warning("%s", self.text())
+            self._told = True
+            self._tell(self.text())
+            if now >= self._log_at:
+                self._log_at = now + max(TELL_SECONDS, self._spec.start_timeout)
+                logger.warning("%s", self.text())
+            self._tell_at = now + TELL_SECONDS
         if now < self._begun_at + self._spec.start_timeout:
             return
         self._begun_at = now
