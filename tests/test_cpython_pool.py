@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from cpython_support import FORK_BESIDE_THREADS, LEFT_OUT, START_METHODS, load_cpython_tests, pool_cases, pool_tests
+from methods import SELDOM_SPAWN
 from support import run_script
 
 from tpool import Pool
@@ -32,8 +33,7 @@ for cases in CASES.values():
 DEADLINE = 60.0
 
 # Those that start many interpreters, which takes half a minute, are spawned only when asked for.
-_METHODS = [pytest.param(method, marks=pytest.mark.slow) if method == "spawn" else method for method in START_METHODS]
-SELDOM_SPAWNED = pytest.mark.parametrize("start_method", _METHODS)
+SELDOM_SPAWNED = pytest.mark.parametrize("start_method", SELDOM_SPAWN)
 
 
 @pytest.fixture(params=START_METHODS)

@@ -17,6 +17,7 @@ import kinds
 import pytest
 import torch
 from kinds import KINDS, KINDS_BY_NAME, Kind, quiet
+from methods import METHODS
 
 import tpool
 import tpool.engines
@@ -27,7 +28,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*(ComplexHalf|quantize|prototype|beta state|TypedStorage|nvariant|jit).*"
 )
 
-METHODS = ["forkserver", "fork", "spawn"]
 MODES = {"share": ("share", True), "share without swap": ("share", False), "copy": ("copy", True)}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from methods import SELDOM_SPAWN
 from support import process_info, wait_until
 
 import tpool
@@ -15,7 +16,6 @@ from tpool.tensors import reducers
 from tpool.tensors.arrivals import leased
 
 DEADLINE = 20
-METHODS = ["forkserver", "fork", pytest.param("spawn", marks=pytest.mark.slow)]
 
 
 class OnDevice:
@@ -51,7 +51,7 @@ def alive(tensor: torch.Tensor) -> bool:
     return not gone(int(tensor))
 
 
-@pytest.fixture(params=METHODS)
+@pytest.fixture(params=SELDOM_SPAWN)
 def pool(request: pytest.FixtureRequest) -> Iterator[tpool.Pool]:
     with tpool.Pool(1, install, maxtasksperchild=1, context=request.param) as pool:
         yield pool

@@ -7,6 +7,7 @@ import threading
 
 import pool_tasks as tasks
 import pytest
+from methods import METHODS
 
 import tpool
 
@@ -35,7 +36,7 @@ def collector():
     logger.setLevel(logging.NOTSET)
 
 
-@pytest.mark.parametrize("method", ["forkserver", "fork", "spawn"])
+@pytest.mark.parametrize("method", METHODS)
 def test_records_come_with_the_workers_name(method, collector):
     with tpool.Pool(2, context=method, forward_logs="INFO") as pool:
         pids = pool.map(tasks.log, range(10), chunksize=1)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import textwrap
 
 import pytest
+from methods import METHODS, seldom_spawned
 from support import run_script
 
-METHODS = ["forkserver", "fork", "spawn"]
 SECONDS = 60
 
 
@@ -86,6 +86,7 @@ def test_a_global_that_the_initializer_sets(method):
     assert out == expected + ("" if method == "fork" else "rebound by the caller-6\n")
 
 
+@seldom_spawned
 def test_a_redefined_function_is_the_one_that_runs(method):
     out = run(
         """
@@ -165,6 +166,7 @@ def test_a_closure_over_a_model_travels_once_per_worker_and_job(method):
     assert second == "True"
 
 
+@seldom_spawned
 def test_recursion_decorators_dataclasses_enums(method):
     out = run(
         """
@@ -213,6 +215,7 @@ def test_recursion_decorators_dataclasses_enums(method):
     assert out.splitlines()[2] == "['base'] base-derived"
 
 
+@seldom_spawned
 def test_a_program_that_ends_with_a_live_pool_ends(method):
     out = run(
         """
@@ -227,6 +230,7 @@ def test_a_program_that_ends_with_a_live_pool_ends(method):
     assert out == "1\n"
 
 
+@seldom_spawned
 def test_a_kernel_like_namespace(method):
     """Cells executed one by one in ``__main__``, as a notebook does."""
     cells = [
@@ -246,6 +250,7 @@ def test_a_kernel_like_namespace(method):
     assert out == "[1, 2, 3]\n[100, 101, 102]\n[True, True, True]\n[0, -1, -2]\n"
 
 
+@seldom_spawned
 def test_a_script_run_as_a_module(method, tmp_path):
     package = tmp_path / "somewhere"
     package.mkdir()
@@ -266,6 +271,7 @@ def test_a_script_run_as_a_module(method, tmp_path):
     assert out == "[1, 2, 3]\n"
 
 
+@seldom_spawned
 def test_an_exception_prints_the_workers_traceback(method):
     source = f"""
         import tpool

@@ -16,11 +16,11 @@ import numpy as np
 import pool_tasks as tasks
 import pytest
 import torch
+from methods import METHODS, seldom_spawned
 from support import wait_until
 
 import tpool
 
-METHODS = ["forkserver", "fork", "spawn"]
 DEADLINE = 30
 
 
@@ -37,11 +37,6 @@ def pool(request):
 @pytest.fixture(params=METHODS)
 def method(request):
     return request.param
-
-
-# Workers that are spawned take seconds to start and then run the same code: once started, seldom is enough.
-SELDOM_SPAWN = ["forkserver", "fork", pytest.param("spawn", marks=pytest.mark.slow)]
-seldom_spawned = pytest.mark.parametrize("method", SELDOM_SPAWN)
 
 
 # The API ----------------------------------------------------------------------------------------------------------
@@ -262,6 +257,7 @@ def test_argument_errors(pool):
         pickle.dumps(pool)
 
 
+@seldom_spawned
 def test_context_objects(method):
     with tpool.Pool(1, context=multiprocessing.get_context(method)) as pool:
         assert method.replace("server", "") in pool.apply(tasks.surroundings)["name"].lower()
@@ -270,6 +266,7 @@ def test_context_objects(method):
 # The life of a pool -----------------------------------------------------------------------------------------------
 
 
+@seldom_spawned
 def test_close_and_join(method):
     pool = tpool.Pool(2, context=method)
     result = pool.map_async(tasks.double, range(100))
@@ -360,6 +357,7 @@ def test_using_the_pool_in_a_forked_child_is_refused(pool):
 # Workers ----------------------------------------------------------------------------------------------------------
 
 
+@seldom_spawned
 def test_surroundings(method, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TPOOL_TEST_VARIABLE", "seen")
@@ -412,11 +410,13 @@ def test_a_lock_of_the_fork_context_is_refused_with_the_cure():
         tpool.Pool(1, tasks.set_state, (lock,))
 
 
+@seldom_spawned
 def test_the_initializer(method):
     with tpool.Pool(2, tasks.set_state, ("prepared",), context=method) as pool:
         assert set(pool.map(tasks.get_state, range(10), chunksize=1)) == {"prepared"}
 
 
+@seldom_spawned
 def test_an_initializer_that_raises_ends_the_pool_with_its_error(method):
     with tpool.Pool(2, tasks.raise_if_not, (False,), context=method) as pool:
         result = pool.apply_async(tasks.double, (1,))
@@ -626,6 +626,7 @@ def cpu_ticks(pid):
     return total
 
 
+@seldom_spawned
 def test_an_idle_pool_sleeps(method):
     with tpool.Pool(2, context=method) as pool:
         pids = sorted(set(pool.map(tasks.get_pid, range(50), chunksize=1)))

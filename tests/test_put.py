@@ -9,12 +9,12 @@ import pickle
 import pool_tasks as tasks
 import pytest
 import torch
+from methods import METHODS
 from support import wait_until
 
 import tpool
 
 DEADLINE = 30
-METHODS = ["forkserver", "fork", "spawn"]
 LARGE = 1 << 20
 
 

@@ -12,6 +12,7 @@ import time
 import pool_tasks as tasks
 import pytest
 import torch
+from methods import METHODS
 from support import wait_until
 
 import tpool
@@ -34,7 +35,7 @@ def hung_pid(path):
 # The report -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["forkserver", "fork", "spawn"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_hung_worker_tells_where(method, tmp_path):
     with tpool.Pool(2, context=method) as pool:
         pool.submit(tasks.tell_pid_and_hang, str(tmp_path / "pid"))

@@ -8,6 +8,7 @@ import os
 import pool_tasks as tasks
 import pytest
 import torch
+from methods import seldom_spawned
 from support import wait_until
 
 import tpool
@@ -109,7 +110,7 @@ def test_bad_values(error, match, arguments):
 # CPUs -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["forkserver", "fork", "spawn"])
+@seldom_spawned
 @pytest.mark.skipif(len(CPUS) < 2, reason="needs two CPUs")
 def test_a_cpu_for_each_worker(method):
     with tpool.Pool(2, context=method, affinity=True) as pool:
@@ -145,7 +146,7 @@ def test_a_gpu_that_is_not_there():
 # Memory -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+@seldom_spawned
 def test_a_worker_that_keeps_too_much_is_replaced(method, caplog):
     with caplog.at_level(logging.WARNING, "tpool"), tpool.Pool(1, context=method, max_memory="700MB") as pool:
         first = pool.apply(tasks.get_pid)

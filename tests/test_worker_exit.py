@@ -6,10 +6,9 @@ import logging
 
 import pool_tasks as tasks
 import pytest
+from methods import METHODS
 
 import tpool
-
-METHODS = ["forkserver", "fork", "spawn"]
 
 
 @pytest.mark.parametrize("method", METHODS)
