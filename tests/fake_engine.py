@@ -118,10 +118,10 @@ class FakeEngine:
 
     def _lose(self, worker: FakeWorker, exitcode: int) -> None:
         with self._lock:
-            unstarted, worker.gone = len(worker.waiting), True
+            started, worker.gone = int(worker.running is not None), True
         self._workers.pop(worker.id, None)
         worker.tasks.put("retire")
-        self._events.put(WorkerExited(worker.id, unstarted, WorkerLoss("a fake", None, exitcode, True, "")))
+        self._events.put(WorkerExited(worker.id, started, WorkerLoss("a fake", None, exitcode, True, "")))
 
     def _run(self, worker: FakeWorker) -> None:
         self._events.put(WorkerBecameReady(worker.id))
@@ -129,10 +129,12 @@ class FakeEngine:
             with self._lock:
                 if not worker.waiting or worker.gone:
                     continue
-                task = worker.waiting.pop(0)
+                task = worker.running = worker.waiting.pop(0)
             result = self._call(task)
-            if not worker.gone:
-                self._events.put(TasksFinished(worker.id, [(task.job, task.index, result, 0.0)]))
+            with self._lock:
+                if not worker.gone:
+                    worker.running = None
+                    self._events.put(TasksFinished(worker.id, [(task.job, task.index, result, 0.0)]))
         if not worker.gone:
             self._lose(worker, 0)
 

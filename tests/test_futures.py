@@ -6,6 +6,8 @@ import asyncio
 import concurrent.futures
 import itertools
 import multiprocessing
+import os
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,7 +17,7 @@ import torch
 from support import wait_until
 
 import tpool
-from tpool.messages import TasksFinished
+from tpool.messages import TasksFinished, WorkerExited
 from tpool.results import Callbacks
 
 DEADLINE = 30
@@ -210,6 +212,25 @@ def test_what_is_asked_before_a_result_is_seen_counts_first(monkeypatch, tmp_pat
             second.result(DEADLINE)
         assert first.result(DEADLINE)
     assert not ran.exists()
+
+
+def test_what_is_sent_to_a_worker_that_is_gone_unheard_runs_elsewhere(monkeypatch):
+    """Its death was seen, and is told to the scheduler only after the task was asked for."""
+    with tpool.Pool(1) as pool:
+        engine = pool._handler.engine
+        pid, look, results = pool.submit(tasks.get_pid).result(DEADLINE), engine.wait, []
+
+        def look_and_submit(timeout):
+            events = look(timeout)
+            if any(isinstance(event, WorkerExited) for event in events) and not results:
+                results.append(pool.submit(tasks.get_pid))
+            return events
+
+        monkeypatch.setattr(engine, "wait", look_and_submit)
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: results, DEADLINE)
+        assert results[0].result(DEADLINE) != pid
+        assert pool.stats().workers_lost == 0, "it had nothing to do"
 
 
 def test_what_runs_cannot_be_cancelled(pool, busy, gate):

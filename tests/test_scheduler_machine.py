@@ -755,6 +755,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def lose(self, worker: ModelWorker, unstarted: int) -> None:
         expect: list[tuple[str, Key, Any]] = []
+        started = len(worker.held) - unstarted
         if not self.stopped:
             self.come_back(worker, unstarted)
             self.expected = []
@@ -770,7 +771,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             if self.start_failures == MAX_START_FAILURES:
                 expect = self.stop("lost", "lost")
                 self.to_retry.clear()
-        self.say(WorkerExited(WorkerId(worker.id), unstarted, "lost"), expect)
+        self.say(WorkerExited(WorkerId(worker.id), started, "lost"), expect)
 
     @precondition(lambda self: self.gone or self.working("killed"))
     @rule(data=st.data())

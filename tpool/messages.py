@@ -195,12 +195,13 @@ class WorkerExited:
 
     Attributes:
         worker: which.
-        unstarted: how many of the tasks it held were never started: the last ones that were sent.
+        started: how many of the tasks it was sent it may have started and did not answer: the first ones. No other was
+            started, least of all one that was sent when it was gone already and nobody had heard of that.
         cause: why, passed on with FailTask or EndPool.
     """
 
     worker: WorkerId
-    unstarted: int
+    started: int
     cause: Any
 
 

@@ -289,10 +289,10 @@ class Scheduler:
         worker = self._slots.get(event.worker, "exited")
         held = worker.held
         if worker.state is not WorkerState.KILLED:  # Else its tasks have failed already, and nobody takes its place.
-            if not 0 <= event.unstarted <= len(held):
-                story = f"exited with {event.unstarted} unstarted tasks, but it held {len(held)}"
+            if not 0 <= event.started <= len(held):
+                story = f"exited with {event.started} tasks started, but it held {len(held)}"
                 raise ProtocolError(f"worker {worker.id} {story}")
-            unstarted = worker.pop_last(event.unstarted)
+            unstarted = worker.pop_last(len(held) - event.started)
             lost = list(held)
             held.clear()  # The clock of a task with a time limit stands still.
             for task in lost:

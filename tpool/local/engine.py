@@ -287,7 +287,7 @@ class LocalEngine(Encoder):
         self._poller.forget(member)
         del self._members[member.id]
         self._lingering.add(member, watch)
-        events.append(WorkerExited(member.id, member.drain_claims(), member.leave()))
+        events.append(WorkerExited(member.id, member.count_started(), member.leave()))
 
     # Processes ------------------------------------------------------------------------------------------------------
 
@@ -361,11 +361,11 @@ class LocalEngine(Encoder):
                 member.take_outbox(events)
         self._poller.forget(member)
         del self._members[member.id]
-        unstarted = member.drain_claims()
+        started = member.count_started()
         loss = member.bury(leave_open=in_use)
-        if self._lending.bury(member, unstarted, loss, in_use):
-            unstarted = 0  # not the scheduler's
-        events.append(WorkerExited(member.id, unstarted, loss))
+        if self._lending.bury(member, started, loss, in_use):
+            started = 0  # not the scheduler's
+        events.append(WorkerExited(member.id, started, loss))
 
     # The end -------------------------------------------------------------------------------------------------------
 
