@@ -125,7 +125,7 @@ class World:
         return self.say(RecallSettled(WorkerId(worker)))
 
     def exit(self, worker: int, unstarted: int = 0, cause: Any = "lost") -> list[tuple[Any, ...]]:
-        return self.say(WorkerExited(WorkerId(worker), len(self.held[worker]) - unstarted, cause))
+        return self.say(WorkerExited(WorkerId(worker), len(self.held.get(worker, [])) - unstarted, cause))
 
     def learn(self, job: int, seconds: float) -> None:
         """Let a job's tasks be known to take so long, on idle worker 0: opens it and runs one task."""
