@@ -356,12 +356,15 @@ def test_waiting_for_resources_ends(local_ray: Any, caplog: pytest.LogCaptureFix
 def test_progress_tells_what_workers_wait_for(local_ray: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(starting, "TELL_SECONDS", 0.1)
     seen: list[tpool.Progress] = []
-    with tpool.Pool(1, engine=tpool.RayEngine(num_cpus=4)) as first:
+    alone = tpool.RayEngine(num_cpus=0, resources={"node:__internal_head__": 1})  # of which there is one
+    with tpool.Pool(1, engine=alone) as first:
         assert first.apply(tasks.double, (1,)) == 2
-        with tpool.Pool(1, engine=tpool.RayEngine(num_cpus=4)) as second:
+        with tpool.Pool(1, engine=alone) as second:
             result = second.map_async(tasks.double, [1, 2], progress=seen.append)
             wait_until(lambda: seen and seen[-1].waiting, DEADLINE)
-            assert seen[-1].waiting.startswith("1 of 1 workers wait for resources: each needs 4 CPU, and free")
+            assert seen[-1].waiting.startswith(
+                "1 of 1 workers wait for resources: each needs 1 node:__internal_head__, and free"
+            )
             assert (seen[-1].done, seen[-1].finished) == (0, False)
             first.terminate()
             assert result.get(DEADLINE) == [2, 4]
