@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ import torch
 
 import tpool
 from tpool.errors import TransportError, UnsupportedTensorError
+from tpool.local.crew import SlotRecord
 from tpool.ray import parcels
 from tpool.ray.codec import RayCodec
-from tpool.ray.journal import NBYTES, Address, Journal, Journals
+from tpool.ray.journal import CALLS, NBYTES, Address, Journal, Journals, Page
+from tpool.ray.member import Member, SentCall
 from tpool.ray.private import MAPPED_NBYTES, PrivateMemory
 from tpool.ray.tasks import Call, TaskRunner
 from tpool.tensors.definitions import Definitions
@@ -63,19 +66,25 @@ def test_a_journal_tells_what_was_started_and_what_came_of_it(journals: Journals
     theirs, ours = Journal.attach(address), journals.get(3)
     assert theirs is not None
     assert ours is not None
-    assert (ours.call, ours.started, list(ours.records())) == (0, 0, [])
+    assert (ours.call, ours.read(7)) == (0, None)
     theirs.begin(7)
+    assert (ours.call, ours.read(7)) == (7, Page(0, []))
     for index in range(3):
         theirs.start()
         theirs.finish(1, index, 0.5, b"x" * index)
     theirs.start()
-    assert (ours.call, ours.started) == (7, 4)
-    assert list(ours.records()) == [(1, 0, 0.5, b""), (1, 1, 0.5, b"x"), (1, 2, 0.5, b"xx")]
+    written = Page(4, [(1, 0, 0.5, b""), (1, 1, 0.5, b"x"), (1, 2, 0.5, b"xx")])
+    assert (ours.call, ours.read(7)) == (7, written)
     theirs.finish(1, 3, 0.5, None)  # not plain: from here on nothing can be told
     theirs.finish(1, 4, 0.5, b"y")
-    assert len(list(ours.records())) == 3
+    assert ours.read(7) == written
     theirs.begin(8)
-    assert (ours.call, ours.started, list(ours.records())) == (8, 0, [])
+    assert (ours.call, ours.read(8), ours.read(7)) == (8, Page(0, []), written)
+    for call in range(9, 7 + CALLS):
+        theirs.begin(call)
+    assert ours.read(7) == written
+    theirs.begin(7 + CALLS)
+    assert (ours.call, ours.read(7)) == (7 + CALLS, None)
     theirs.close()
 
 
@@ -89,9 +98,35 @@ def test_a_journal_that_is_full_ends_before_what_does_not_fit(journals: Journals
     for index in range(10_000):
         theirs.start()
         theirs.finish(1, index, 0.0, b"z" * 100)
-    told = [index for _, index, _, _ in ours.records()]
+    page = ours.read(1)
+    assert page is not None
+    told = [index for _, index, _, _ in page.records]
     assert told == list(range(len(told)))
     assert 0 < len(told) < NBYTES / 100
+    theirs.close()
+
+
+def test_what_a_dead_worker_had_done_and_could_not_say(journals: Journals) -> None:
+    """It had ended its first call, whose answer was on the way, and ran the second."""
+    address = journals.hand_over(0)
+    assert address is not None
+    theirs, ours = Journal.attach(address), journals.get(0)
+    assert theirs is not None
+    member = Member(0, 0, None, SimpleNamespace(codec=None, memory=None, ray=SimpleNamespace(get=None)), SlotRecord())
+    member.keeps_journal = True
+    member.calls = {number: SentCall(number, count, open=False) for number, count in ((1, 4), (2, 5), (3, 2))}
+    member.calls[1].count, member.calls[1].answered = 3, 1
+    for call, count in ((1, 4), (2, 3)):
+        theirs.begin(call)
+        for index in range(count):
+            theirs.start()
+            theirs.finish(call, index, 0.5, b"done")
+    theirs.start()
+    events: list[Any] = []
+    assert member.settle_estate(ours, events) == 3
+    assert member.held == 4, "one ran, three were not started"
+    told = [(job, index) for event in events for job, index, _, _ in event.results]
+    assert told == [(1, 1), (1, 2), (1, 3), (2, 0), (2, 1), (2, 2)]
     theirs.close()
 
 

@@ -7,11 +7,13 @@ running and only that one, as with local workers. From another machine that cann
 lost as a whole; it holds tasks of less than about 2 ms in all, or one.
 
 The memory is a file without a name; the worker opens it by the caller's ``/proc`` entry, and a token in it tells that
-it is the right one.
+it is the right one. Calls take turns in its pages, since the answer to a call that has ended may still be on its way,
+in the worker's own hands, while the next ones run; what no call has used takes no memory.
 
 ::
 
-    token (16) | call | started | end ║ record | record | …        record: job, index, seconds, length, stream
+    token ║ page | page | …        page: call | started | end ║ record | record | …
+                                   record: job, index, seconds, length, stream
 
 ``started`` is counted before a task begins, ``end`` moved after a record is whole, so that a death at any point leaves
 what is true.
@@ -27,21 +29,34 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
-__all__ = ["Address", "Journal", "Journals", "Record"]
+__all__ = ["Address", "Journal", "Journals", "Page", "Record"]
 
 NBYTES = 256 * 1024
-"""Of one slot. Results that do not fit are lost with their call; a call has at most 128 tasks."""
+"""Of one call. Results that do not fit are lost with their call; a call has at most 128 tasks."""
 
-_TOKEN_NBYTES = 16
+CALLS = 16
+"""So many calls are remembered. A worker holds two, or a dozen of ever fewer tasks at the end of a job."""
+
+_TOKEN_NBYTES = 64  # so that numbers lie at multiples of eight
 _HEAD = struct.Struct("<QQQ")
 _RECORD = struct.Struct("<QQdi")
 _NOT_HERE = -1
-_FIRST = _TOKEN_NBYTES + _HEAD.size
-_STARTED = struct.Struct("<Q")
-_STARTED_AT = _TOKEN_NBYTES + 8
-_END_AT = _TOKEN_NBYTES + 16
+_NUMBER = struct.Struct("<Q")
 
 Record = tuple[int, int, float, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """What is written of one call.
+
+    Attributes:
+        started: how many of its tasks were.
+        records: results from its first task on, up to the first that is not here.
+    """
+
+    started: int
+    records: list[Record]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +76,13 @@ class Journal:
     """
 
     def __init__(self, fd: int) -> None:
-        self._map = mmap.mmap(fd, NBYTES)
+        self._map = mmap.mmap(fd, _TOKEN_NBYTES + CALLS * NBYTES)
 
     @classmethod
     def create(cls) -> tuple[Journal, int, bytes]:
         """A new one, in the caller: the journal, its descriptor (owned by whoever calls), its token."""
         fd = os.memfd_create("tpool-journal", os.MFD_CLOEXEC)
-        os.ftruncate(fd, NBYTES)
+        os.ftruncate(fd, _TOKEN_NBYTES + CALLS * NBYTES)
         journal, token = cls(fd), secrets.token_bytes(_TOKEN_NBYTES)
         journal._map[:_TOKEN_NBYTES] = token
         return journal, fd, token
@@ -89,50 +104,53 @@ class Journal:
 
     def begin(self, call: int) -> None:
         """A call begins."""
-        self._started, self._end = 0, _FIRST
-        # Of the call before, until the number changes; so that comes last.
-        _STARTED.pack_into(self._map, _STARTED_AT, 0)
-        _STARTED.pack_into(self._map, _END_AT, _FIRST)
-        _STARTED.pack_into(self._map, _TOKEN_NBYTES, call)
+        self._page = page = _page_of(call)
+        self._started, self._end = 0, page + _HEAD.size
+        # Of an earlier call, until the number changes; so that comes last.
+        _NUMBER.pack_into(self._map, page + 8, 0)
+        _NUMBER.pack_into(self._map, page + 16, self._end)
+        _NUMBER.pack_into(self._map, page, call)
 
     def start(self) -> None:
         """A task begins."""
         self._started += 1
-        _STARTED.pack_into(self._map, _STARTED_AT, self._started)
+        _NUMBER.pack_into(self._map, self._page + 8, self._started)
 
     def finish(self, job: int, index: int, seconds: float, stream: bytes | None) -> None:
         """A task has ended; None for a result that is not plain."""
         at, length = self._end, 0 if stream is None else len(stream)
         end = at + _RECORD.size + length
-        if end > NBYTES - _RECORD.size:
+        if end > self._page + NBYTES - _RECORD.size:
             stream, end = None, at + _RECORD.size
-            if end > NBYTES:
+            if end > self._page + NBYTES:
                 return
         _RECORD.pack_into(self._map, at, job, index, seconds, _NOT_HERE if stream is None else length)
         if stream is not None:
             self._map[at + _RECORD.size : end] = stream
         self._end = end
-        _STARTED.pack_into(self._map, _END_AT, end)
+        _NUMBER.pack_into(self._map, self._page + 16, end)
 
     # In the caller --------------------------------------------------------------------------------------------------
 
     def clear(self) -> None:
         """Another worker has the slot."""
-        _HEAD.pack_into(self._map, _TOKEN_NBYTES, 0, 0, _FIRST)
+        for call in range(CALLS):
+            _HEAD.pack_into(self._map, _page_of(call), 0, 0, 0)
 
     @property
     def call(self) -> int:
         """The number of the call that was begun last; 0 if none was."""
-        return int(_HEAD.unpack_from(self._map, _TOKEN_NBYTES)[0])
+        return max(int(_NUMBER.unpack_from(self._map, _page_of(call))[0]) for call in range(CALLS))
 
-    @property
-    def started(self) -> int:
-        """How many tasks of that call were started."""
-        return int(_HEAD.unpack_from(self._map, _TOKEN_NBYTES)[1])
+    def read(self, call: int) -> Page | None:
+        """What is written of this call; None if it was not begun, or too many others were since."""
+        page = _page_of(call)
+        number, started, end = _HEAD.unpack_from(self._map, page)
+        if number != call:
+            return None
+        return Page(started, list(self._records(page + _HEAD.size, min(end, page + NBYTES))))
 
-    def records(self) -> Iterator[Record]:
-        """Results of that call from its first task on, up to the first that is not here."""
-        at, end = _FIRST, min(NBYTES, _HEAD.unpack_from(self._map, _TOKEN_NBYTES)[2])
+    def _records(self, at: int, end: int) -> Iterator[Record]:
         while at + _RECORD.size <= end:
             job, index, seconds, length = _RECORD.unpack_from(self._map, at)
             at += _RECORD.size
@@ -144,6 +162,11 @@ class Journal:
     def close(self) -> None:
         """Unmap it."""
         self._map.close()
+
+
+def _page_of(call: int) -> int:
+    """Where a call's page begins."""
+    return _TOKEN_NBYTES + call % CALLS * NBYTES
 
 
 class Journals:

@@ -336,15 +336,21 @@ class Member:
         """
         if self.leaving or journal is None or not self.keeps_journal:
             return self.held if self.leaving else 0
-        open_calls = [call for call in self.calls.values() if call.count]
-        begun = [call for call in open_calls if call.number <= journal.call]
-        unstarted = sum([call.count for call in open_calls if call.number > journal.call])
-        last = begun[-1] if begun and begun[-1].number == journal.call else None
-        if last is None:
-            return unstarted
-        if begun == [last]:  # else tasks are lost that come before these
-            self._inherit(last, list(journal.records())[last.answered :], events)
-        return unstarted + max(0, last.count - max(0, journal.started - last.answered))
+        last, unstarted, complete = journal.call, 0, True
+        for call in [each for each in self.calls.values() if each.count]:
+            if call.number > last:
+                unstarted += call.count
+                continue
+            page = journal.read(call.number)
+            if page is None:
+                complete = False
+                continue
+            if complete:  # else tasks are lost that come before these
+                self._inherit(call, page.records[call.answered :], events)
+            complete = complete and not call.count
+            if call.number == last:
+                unstarted += max(0, call.count - max(0, page.started - call.answered))
+        return unstarted
 
     def _inherit(self, call: SentCall, records: list[Record], events: list[Event]) -> None:
         answers: list[Answer] = [
