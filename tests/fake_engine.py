@@ -49,7 +49,7 @@ class FakeWorker:
     id: Any
     tasks: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)
     waiting: list[Any] = field(default_factory=list)
-    running: Any = None
+    sent: int = 0
     gone: bool = False
 
 
@@ -102,6 +102,7 @@ class FakeEngine:
         if isinstance(action, SendTasks):
             with self._lock:
                 worker.waiting += action.tasks
+                worker.sent += len(action.tasks)
             for _ in action.tasks:
                 worker.tasks.put("task")
         elif isinstance(action, RecallTasks):
@@ -118,10 +119,12 @@ class FakeEngine:
 
     def _lose(self, worker: FakeWorker, exitcode: int) -> None:
         with self._lock:
-            started, worker.gone = int(worker.running is not None), True
+            unstarted, worker.gone = len(worker.waiting), True
         self._workers.pop(worker.id, None)
         worker.tasks.put("retire")
-        self._events.put(WorkerExited(worker.id, started, WorkerLoss("a fake", None, exitcode, True, "")))
+        self._events.put(
+            WorkerExited(worker.id, unstarted, worker.sent, WorkerLoss("a fake", None, exitcode, True, ""))
+        )
 
     def _run(self, worker: FakeWorker) -> None:
         self._events.put(WorkerBecameReady(worker.id))
@@ -129,11 +132,10 @@ class FakeEngine:
             with self._lock:
                 if not worker.waiting or worker.gone:
                     continue
-                task = worker.running = worker.waiting.pop(0)
+                task = worker.waiting.pop(0)
             result = self._call(task)
             with self._lock:
                 if not worker.gone:
-                    worker.running = None
                     self._events.put(TasksFinished(worker.id, [(task.job, task.index, result, 0.0)]))
         if not worker.gone:
             self._lose(worker, 0)

@@ -291,7 +291,6 @@ def test_a_borrower_who_sees_the_end_sees_the_answer(pool, monkeypatch):
     (loan,) = free(pool)
     borrowed = lending.loans.borrow()
     monkeypatch.setattr(loan, "__class__", Watched)
-    loan.member.held = 1  # a call, and its claim was taken
     os.kill(loan.member.pid, signal.SIGKILL)
     wait_until(lambda: seen, DEADLINE)
     answer, orphaned = seen[0]

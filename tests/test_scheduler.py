@@ -66,6 +66,7 @@ class World:
         self.now = 100.0
         self.submitted: dict[int, int] = {}
         self.held: dict[int, list[Task]] = {}
+        self.sent: dict[int, int] = {}
         self.begun = [brief(action) for action in self.scheduler.begin()]
         if ready:
             for worker in reversed(range(processes)):  # Last in, first out: 0 is sent something first.
@@ -78,6 +79,7 @@ class World:
         for action in actions:
             if type(action).__name__ == "SendTasks":
                 self.held.setdefault(action.worker, []).extend(action.tasks)
+                self.sent[action.worker] = self.sent.get(action.worker, 0) + len(action.tasks)
         return [brief(action) for action in actions]
 
     def ready(self, worker: int) -> list[tuple[Any, ...]]:
@@ -125,7 +127,7 @@ class World:
         return self.say(RecallSettled(WorkerId(worker)))
 
     def exit(self, worker: int, unstarted: int = 0, cause: Any = "lost") -> list[tuple[Any, ...]]:
-        return self.say(WorkerExited(WorkerId(worker), len(self.held.get(worker, [])) - unstarted, cause))
+        return self.say(WorkerExited(WorkerId(worker), unstarted, self.sent.get(worker, 0), cause))
 
     def learn(self, job: int, seconds: float) -> None:
         """Let a job's tasks be known to take so long, on idle worker 0: opens it and runs one task."""
@@ -973,9 +975,11 @@ class TestProtocolFaults:
             TasksFinished(WorkerId(0), []),
             TasksFinished(WorkerId(1), [(JobId(7), 0, None, 0.0)]),
             TasksFinished(WorkerId(9), [(JobId(7), 0, None, 0.0)]),
-            WorkerExited(WorkerId(0), 2, "lost"),
-            WorkerExited(WorkerId(0), -1, "lost"),
-            WorkerExited(WorkerId(9), 0, "lost"),
+            WorkerExited(WorkerId(0), 2, 1, "lost"),
+            WorkerExited(WorkerId(0), -1, 1, "lost"),
+            WorkerExited(WorkerId(0), 0, 2, "lost"),
+            WorkerExited(WorkerId(0), 1, 0, "lost"),
+            WorkerExited(WorkerId(9), 0, 0, "lost"),
             TasksRecalled(WorkerId(0), 0),
             RecallSettled(WorkerId(0)),
             WorkerBecameReady(WorkerId(0)),

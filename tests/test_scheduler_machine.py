@@ -83,6 +83,7 @@ class ModelWorker:
     held: list[Task] = field(default_factory=list)
     started: int = 0  # how many of the held tasks must have been started, as only others are recalled
     given: int = 0
+    sent: int = 0
     since: float = 0.0  # it has held two or more for so long, without a result
     heard_at: float = 0.0  # its last result, or the message that ended its idleness
     due: float = 0.0  # of the last task with a time limit
@@ -218,6 +219,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for task in action.tasks:
             assert job.queue.pop(task.index) is task
             worker.held.append(task)
+            worker.sent += 1
             worker.given += task.weight
         if self.max_tasks is not None:
             assert worker.given <= self.max_tasks, "a worker was given too much"
@@ -755,7 +757,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def lose(self, worker: ModelWorker, unstarted: int) -> None:
         expect: list[tuple[str, Key, Any]] = []
-        started = len(worker.held) - unstarted
+        unheard = unstarted // 2  # were sent when it was gone already
         if not self.stopped:
             self.come_back(worker, unstarted)
             self.expected = []
@@ -771,7 +773,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             if self.start_failures == MAX_START_FAILURES:
                 expect = self.stop("lost", "lost")
                 self.to_retry.clear()
-        self.say(WorkerExited(WorkerId(worker.id), started, "lost"), expect)
+        self.say(WorkerExited(WorkerId(worker.id), unstarted - unheard, worker.sent - unheard, "lost"), expect)
 
     @precondition(lambda self: self.gone or self.working("killed"))
     @rule(data=st.data())

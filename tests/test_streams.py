@@ -93,21 +93,6 @@ def test_a_budget_in_bytes_counts_results(pool):
     del iterator
 
 
-def test_what_is_in_shared_memory_already_takes_nothing_of_the_budget(pool):
-    tensor, drawn = torch.ones(1_000_000), 0
-    assert pool.apply(len, (tensor,)) == 1_000_000
-
-    def again():
-        nonlocal drawn
-        for drawn in range(1, 200):
-            yield tensor, drawn
-
-    iterator = pool.imap(tasks.discard, again(), buffersize=64, buffer_nbytes="1MB")
-    next(iterator)
-    wait_until(lambda: drawn >= 60, DEADLINE, "the window is full, though each item is four times the budget")
-    assert sum(1 for _ in iterator) == 198
-
-
 def test_a_budget_below_one_item_still_goes_on(pool):
     assert [len(value) for value in pool.imap(tasks.make_zeros, [50_000] * 10, buffer_nbytes=1)] == [50_000] * 10
 

@@ -223,6 +223,7 @@ class Dispatcher:
         if not worker.held:
             worker.progress_at = self.now
         worker.held.extend(tasks)
+        worker.sent += len(tasks)
         worker.last_job = job
         if job.timeout is not None:
             self.deadlines.begin(worker, tasks[0], self.now + job.timeout)

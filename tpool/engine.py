@@ -162,7 +162,7 @@ class Engine(Protocol):
         """
 
     def encoded_nbytes(self, encoded: Encoded) -> int:
-        """How much memory an object took to encode; what lay in shared memory before took none."""
+        """How much memory an encoded object takes while it waits to be sent and used."""
 
     def put(self, obj: object, share: bool = False) -> Reference:
         """Have the workers keep an object; encoded at once, sent when a worker first needs it.

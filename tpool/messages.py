@@ -195,13 +195,15 @@ class WorkerExited:
 
     Attributes:
         worker: which.
-        started: how many of the tasks it was sent it may have started and did not answer: the first ones. No other was
-            started, least of all one that was sent when it was gone already and nobody had heard of that.
+        unstarted: how many of the tasks it got were never started: the last ones.
+        sent: how many tasks it got in its life; what was sent when it was gone, and nobody had heard of that, it did
+            not get.
         cause: why, passed on with FailTask or EndPool.
     """
 
     worker: WorkerId
-    started: int
+    unstarted: int
+    sent: int
     cause: Any
 
 

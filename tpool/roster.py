@@ -98,6 +98,7 @@ class Worker:
         slot: its place in the pool.
         state: where it is on its way.
         held: the tasks it was sent and has not answered, in that order.
+        sent: how many tasks it was sent, whatever became of them.
         given: the weight of all the tasks it was sent, less what came back unstarted.
         last_job: the job of what it was sent last; None before that.
         recalled: what it holds was all started, as the rest was recalled; until it is sent something.
@@ -110,6 +111,7 @@ class Worker:
     slot: Slot
     state: WorkerState = WorkerState.STARTING
     held: deque[Task] = field(default_factory=deque)
+    sent: int = 0
     given: int = 0
     last_job: Job | None = None
     recalled: bool = False

@@ -289,10 +289,11 @@ class Scheduler:
         worker = self._slots.get(event.worker, "exited")
         held = worker.held
         if worker.state is not WorkerState.KILLED:  # Else its tasks have failed already, and nobody takes its place.
-            if not 0 <= event.started <= len(held):
-                story = f"exited with {event.started} tasks started, but it held {len(held)}"
-                raise ProtocolError(f"worker {worker.id} {story}")
-            unstarted = worker.pop_last(len(held) - event.started)
+            count = event.unstarted + worker.sent - event.sent
+            if not 0 <= event.unstarted <= count <= len(held):
+                story = f"exited with {event.unstarted} of {event.sent} tasks unstarted, but it held {len(held)}"
+                raise ProtocolError(f"worker {worker.id} {story} of {worker.sent}")
+            unstarted = worker.pop_last(count)
             lost = list(held)
             held.clear()  # The clock of a task with a time limit stands still.
             for task in lost:

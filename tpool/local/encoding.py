@@ -128,4 +128,9 @@ class Encoder:
 
     def encoded_nbytes(self, encoded: Payload | bytes) -> int:
         """See Engine."""
-        return len(encoded) if isinstance(encoded, bytes) else encoded.new_nbytes
+        if isinstance(encoded, bytes):
+            return len(encoded)
+        if type(encoded.data) is bytes:
+            nbytes = len(encoded.data)
+            return nbytes + wire.moved_nbytes(encoded) if encoded.blocks else nbytes
+        return wire.moved_nbytes(encoded)

@@ -170,7 +170,7 @@ class LocalEngine(Encoder):
         except OSError as error:  # at the limit of descriptors
             story = f"could not be started: {error}"
             loss = WorkerLoss(f"worker {action.worker} (slot {slot})", None, None, False, story)
-            return [WorkerExited(action.worker, 0, loss)]
+            return [WorkerExited(action.worker, 0, 0, loss)]
         member = Member(action.worker, slot, Channel(ours), claims_fd, self._memory, self._crew)
         self._members[action.worker] = member
         self._launched += 1
@@ -287,7 +287,7 @@ class LocalEngine(Encoder):
         self._poller.forget(member)
         del self._members[member.id]
         self._lingering.add(member, watch)
-        events.append(WorkerExited(member.id, member.count_started(), member.leave()))
+        events.append(WorkerExited(member.id, member.drain_claims(), member.sent, member.leave()))
 
     # Processes ------------------------------------------------------------------------------------------------------
 
@@ -361,11 +361,11 @@ class LocalEngine(Encoder):
                 member.take_outbox(events)
         self._poller.forget(member)
         del self._members[member.id]
-        started = member.count_started()
+        unstarted = member.drain_claims()
         loss = member.bury(leave_open=in_use)
-        if self._lending.bury(member, started, loss, in_use):
-            started = 0  # not the scheduler's
-        events.append(WorkerExited(member.id, started, loss))
+        if self._lending.bury(member, unstarted, loss, in_use):
+            unstarted = 0  # not the scheduler's
+        events.append(WorkerExited(member.id, unstarted, member.sent, loss))
 
     # The end -------------------------------------------------------------------------------------------------------
 

@@ -145,14 +145,14 @@ class Lending:
         loan.ended = True  # it was free; before ``free`` goes
         return False
 
-    def bury(self, member: Member, started: int, loss: WorkerLoss, in_use: bool) -> bool:
+    def bury(self, member: Member, unstarted: int, loss: WorkerLoss, in_use: bool) -> bool:
         """The worker is gone; returns whether it was lent."""
         loan = self._lent.get(member.id)
         if loan is None:
             return False
         self._due.pop(member.id, None)
         loan.orphaned = in_use  # first, as the answer: who sees that the loan has ended looks at these
-        loan.settle(loss if started else None)
+        loan.settle(None if unstarted else loss)
         self._end(loan)
         return True
 

@@ -105,10 +105,6 @@ class Member(Orders):
                 count += 1
         return count
 
-    def count_started(self) -> int:
-        """Of one that is gone: how many tasks it had started and not answered."""
-        return max(0, self.held - self.drain_claims())
-
     # From the worker ------------------------------------------------------------------------------------------------
 
     def understand(self, frames: list[Frame], events: list[Event]) -> None:

@@ -30,13 +30,14 @@ class Orders:
 
     Attributes:
         held: how many tasks were sent and neither answered nor taken back.
+        sent: how many tasks were sent that are the scheduler's.
         starving: it waits for memory.
     """
 
     def __init__(self, slot: int, channel: Channel, claims_fd: int, memory: PoolMemory, crew: Crew) -> None:
         self.channel = channel
         self.claims_fd = claims_fd
-        self.held = 0
+        self.held = self.sent = 0
         self.starving = False
         self._memory = memory
         self._peer = memory.peers[slot]
@@ -69,6 +70,7 @@ class Orders:
         # Before the tasks: a worker that finds no claim believes that its tasks were taken back.
         os.eventfd_write(self.claims_fd, len(tasks))
         self.held += len(tasks)
+        self.sent += len(tasks)
         self.channel.put(kind, body, tuple(fds))
         self.put_news()
 

@@ -211,7 +211,7 @@ class ActorEngine:
         if member.gone:
             del self._members[member.id]
             unstarted = member.settle_estate(self._journals.get(member.slot), events)
-            events.append(WorkerExited(member.id, member.held - unstarted, member.bury()))
+            events.append(WorkerExited(member.id, unstarted, member.sent, member.bury()))
 
     def _block(self, timeout: float | None) -> None:
         if self._poll.poll(None if timeout is None else timeout * 1000):

@@ -104,6 +104,7 @@ class Member:
         calls: those that are open, or hold tasks; in order.
         story: why we gave it up, or why it left.
         leaving: it has said that it runs nothing more.
+        sent: how many tasks it was sent.
         ended: ``live`` has failed.
     """
 
@@ -126,6 +127,7 @@ class Member:
     leaving: bool = False
     ended: bool = False
     retiring: bool = False
+    sent: int = 0
     _number: int = 0
 
     def __str__(self) -> str:
@@ -154,6 +156,7 @@ class Member:
         call.news, self.news = [*self.news, *call.news], []
         reply, buffers = self.actor.run.options(num_returns=2).remote(call, *refs)
         self.calls[call.number] = sent = SentCall(call.number, len(call.tasks), buffers)
+        self.sent += len(call.tasks)
         self._ask("run", reply, sent)
 
     def recall(self) -> None:

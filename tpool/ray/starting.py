@@ -22,7 +22,8 @@ __all__ = ["TELL_SECONDS", "Starting"]
 logger = logging.getLogger("tpool")
 
 TELL_SECONDS = 5.0
-"""When it is told that workers wait for resources, and told again; where there is room, processes start at once."""
+"""When it is told that workers wait for resources, and again when they have waited twice as long; where there is room,
+processes start at once."""
 
 
 class Starting:
@@ -55,7 +56,7 @@ class Starting:
         self._begun_at = 0.0  # when the present wait began
         self._tell = tell
         self._told = False
-        self._tell_at = self._log_at = 0.0
+        self._tell_at = 0.0
 
     def start(self, action: StartWorker, shared: Shared, record: SlotRecord) -> Member:
         """Ask for a worker."""
@@ -77,7 +78,7 @@ class Starting:
         record.vacant = False
         if not self._waiting:
             self._begun_at = monotonic()
-            self._tell_at = self._log_at = self._begun_at + TELL_SECONDS
+            self._tell_at = self._begun_at + TELL_SECONDS
         self._waiting[member.id] = member
         member.watch()
         return member
@@ -113,12 +114,10 @@ class Starting:
             return
         now = monotonic()
         if now >= self._tell_at:
-            self._told = True
-            self._tell(self.text())
-            if now >= self._log_at:
-                self._log_at = now + max(TELL_SECONDS, self._spec.start_timeout)
-                logger.warning("%s", self.text())
-            self._tell_at = now + TELL_SECONDS
+            self._told, text = True, self.text()
+            self._tell(text)
+            logger.warning("%s", text)
+            self._tell_at = now + max(TELL_SECONDS, now - self._begun_at)
         if now < self._begun_at + self._spec.start_timeout:
             return
         self._begun_at = now

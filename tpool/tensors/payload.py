@@ -40,7 +40,6 @@ class Payload:
             ``Definitions.missing``. Empty from worker to parent.
         keep: what must live until the payload is dropped.
         held: objects that the receiver must have been sent before; see ``held.py``.
-        new_nbytes: how much memory it took to pickle it; a storage that was in shared memory before took none.
     """
 
     data: bytes | Block
@@ -49,7 +48,6 @@ class Payload:
     groups: tuple[GroupId, ...] = ()
     keep: list[object] = field(default_factory=list)
     held: list[HeldObject] = field(default_factory=list)
-    new_nbytes: int = 0
 
     @property
     def goes_alone(self) -> bool:

@@ -259,9 +259,7 @@ class _Message:
         blocks = outgoing.blocks + self.buffers
         if blocks or outgoing.fds or self.marked:
             self.chunks.append(TRAILER.pack(len(outgoing.blocks), 0))
-        stream = self._stream()
-        new_nbytes = outgoing.new_nbytes + (len(stream) if isinstance(stream, bytes) else stream.nbytes)
-        return Payload(stream, blocks, outgoing.fds, groups, outgoing.keep, self.held, new_nbytes)
+        return Payload(self._stream(), blocks, outgoing.fds, groups, outgoing.keep, self.held)
 
     def _stream(self) -> bytes | Block:
         chunks = self.chunks

@@ -60,7 +60,6 @@ class Outgoing:
         blocks: what travels by block; other parts of the message append theirs.
         fds: descriptors that travel, borrowed.
         keep: owners of those descriptors, and of CUDA memory that travels.
-        new_nbytes: of the storages and buffers that this message has put into blocks; not of those that lay there.
         cuda_clones: what stands for CUDA storages that another process made, by address of the storage.
     """
 
@@ -79,7 +78,6 @@ class Outgoing:
         "fds",
         "keep",
         "memory",
-        "new_nbytes",
         "sharing",
     )
 
@@ -97,7 +95,6 @@ class Outgoing:
         self.blocks: list[Block] = []
         self.fds: list[int] = []
         self.keep: list[object] = []
-        self.new_nbytes = 0
         self.cuda_clones: dict[int, torch.UntypedStorage] = {}
         # By the storage's address, which another may get once this one is gone: so all that were met are held.
         self._met: list[torch.UntypedStorage] = []
@@ -203,15 +200,13 @@ class Outgoing:
         return place
 
     def _move(self, storage: torch.UntypedStorage, address: int, tensor: torch.Tensor | None) -> tuple[Block, int]:
-        resizable, nbytes = storage.resizable(), storage.nbytes()
-        self.new_nbytes += nbytes
-        found = move_storage(storage, address, *self._slabs.claim(nbytes), tensor)
+        resizable = storage.resizable()
+        found = move_storage(storage, address, *self._slabs.claim(storage.nbytes()), tensor)
         if resizable:
             self._parking.note(storage)
         return found
 
     def _copy(self, storage: torch.UntypedStorage, first: int, nbytes: int) -> Place:
-        self.new_nbytes += nbytes
         block, start = self._slabs.claim(nbytes)
         copy_bytes(storage, first, nbytes, block, start)
         self._met.append(storage)
@@ -226,7 +221,6 @@ class Outgoing:
 
     def place_buffer(self, raw: memoryview) -> Block:
         """A block with the bytes of a buffer that is no storage, such as that of a numpy array."""
-        self.new_nbytes += raw.nbytes
         block = self.memory.allocate(raw.nbytes)
         block.view[:] = raw
         return block
