@@ -549,6 +549,23 @@ class TestLostWorkers:
         assert world.ready(1)[0] == ("SendTasks", 1, [(7, 2)])
         assert world.held[1][0].attempts == 0
 
+    def test_what_it_was_sent_and_never_got_goes_back_too(self) -> None:
+        world = World(1)
+        world.learn(7, FAST)
+        world.submit(7, 3)
+        got = world.sent[0] - 1
+        actions = world.say(WorkerExited(WorkerId(0), 1, got, "lost"))
+        assert actions == [("FailTask", (7, 1), "lost"), ("StartWorker", 1, 0)]
+        assert [task.index for task in world.scheduler._book[JobId(7)].queued] == [2, 3]
+
+    def test_tasks_whose_answers_were_refused_are_lost_and_do_not_run_again(self) -> None:
+        world = World(1)
+        world.learn(7, FAST)
+        world.submit(7, 3)
+        with pytest.raises(ProtocolError):
+            world.say(TasksFinished(WorkerId(0), [(JobId(7), 2, None, 0.0)]))
+        assert named(world.exit(0), "FailTask") == [("FailTask", (7, index), "lost") for index in (1, 2, 3)]
+
     def test_a_job_whose_tasks_came_back_waits_for_its_turn(self) -> None:
         world = World(1)
         world.learn(1, FAST)
