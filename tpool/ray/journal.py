@@ -37,7 +37,7 @@ NBYTES = 256 * 1024
 CALLS = 16
 """So many calls are remembered. A worker holds two, or a dozen of ever fewer tasks at the end of a job."""
 
-_TOKEN_NBYTES = 64  # so that numbers lie at multiples of eight
+_TOKEN_NBYTES = 16
 _HEAD = struct.Struct("<QQQ")
 _RECORD = struct.Struct("<QQdi")
 _NOT_HERE = -1
