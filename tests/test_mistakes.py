@@ -274,7 +274,9 @@ def test_a_callback_that_waits_for_a_call_with_a_callback(pool):
 
 def test_a_callback_that_asks_for_its_own_result(pool):
     seen, results = [], queue.SimpleQueue()
-    results.put(pool.apply_async(tasks.double, (2,), callback=lambda _: seen.append(results.get().get(DEADLINE))))
+    result = pool.apply_async(tasks.double, (2,), callback=lambda _: seen.append(results.get().get(DEADLINE)))
+    results.put(result)
+    result.get(DEADLINE)
     pool.apply_async(tasks.double, (0,), callback=seen.append).get(DEADLINE)
     assert seen == [4, 0]
 
