@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import multiprocessing
@@ -450,6 +451,32 @@ def device_of_worker(_):
 
 
 kept = []
+
+
+class _Mallinfo2(ctypes.Structure):
+    """See mallinfo(3)."""
+
+    _fields_ = [
+        ("unused", ctypes.c_size_t * 4),
+        ("hblkhd", ctypes.c_size_t),
+        ("unused_too", ctypes.c_size_t * 2),
+        ("uordblks", ctypes.c_size_t),
+        ("the_rest", ctypes.c_size_t * 2),
+    ]
+
+
+def memory_in_use():
+    """What this process holds: bytes of C's heap, objects in Python's, mappings. None counts what is free again."""
+    gc.collect()
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = _Mallinfo2
+    heap = mallinfo2()
+    with open("/proc/self/maps") as mappings:
+        return {
+            "malloc": heap.uordblks + heap.hblkhd,
+            "objects": sys.getallocatedblocks(),
+            "mappings": sum(1 for _ in mappings),
+        }
 
 
 def keep(nbytes):
