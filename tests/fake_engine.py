@@ -76,8 +76,8 @@ class FakeEngine:
     def encode_call(self, function: Any, args: Any, kwds: Any) -> bytes:
         return pickle.dumps(((args, kwds), function))
 
-    def encoded_nbytes(self, encoded: bytes) -> int:
-        return len(encoded)
+    def weigh(self, encoded: bytes) -> tuple[int, tuple[()]]:
+        return len(encoded), ()
 
     def call_now(self, job: Any, payload: bytes) -> None:
         return None

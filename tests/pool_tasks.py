@@ -290,14 +290,11 @@ def identity_slowly(value, seconds):
     return value
 
 
-def wait_or_open(item):
-    """Wait for a file, or make the one that another waits for."""
-    value, gate = item
-    if gate is None:
-        wait_for_file(value)
-    else:
-        Path(gate).touch()
-    return value
+def wait_if_path(item):
+    """Wait until there is such a file, if it is a path."""
+    if isinstance(item, Path):
+        wait_for_file(item)
+    return item
 
 
 def discard(_):

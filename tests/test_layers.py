@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "tpool"
 # From the ground up. Modules of one row may not import each other.
 ROWS = [
     ["tpool.errors", "tpool.local.deathwatch", "tpool.local.interpreter", "tpool.tensors.cures"],
-    ["tpool.messages"],
+    ["tpool.messages", "tpool.outstanding"],
     ["tpool.deadlines", "tpool.limits", "tpool.roster"],
     ["tpool.dispatch"],
     ["tpool.jobs", "tpool.slots"],

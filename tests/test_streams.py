@@ -36,9 +36,15 @@ def test_map_unordered(pool, chunksize):
 
 
 def test_map_unordered_gives_what_comes_first(pool, tmp_path):
+    """The first item waits until the second is done: not just until its task has run."""
     gate = tmp_path / "gate"
-    items = [(str(gate), None), ("first", str(gate))]
-    assert pool.map_unordered(tasks.wait_or_open, items, chunksize=1) == ["first", str(gate)]
+
+    def open_gate(now):
+        if now.done:
+            gate.touch()
+
+    items = [gate, "first"]
+    assert pool.map_unordered(tasks.wait_if_path, items, chunksize=1, progress=open_gate) == ["first", gate]
 
 
 def test_several_iterables(pool):
@@ -62,18 +68,17 @@ def test_a_second_iterable_in_the_place_of_chunksize_is_refused_with_the_cure(po
 
 @pytest.mark.parametrize("name", ["imap", "imap_unordered"])
 def test_a_budget_in_bytes_counts_items(pool, name):
-    drawn = 0
+    drawn = []  # and kept, or their memory would be used again
 
     def tensors():
-        nonlocal drawn
         while True:
-            drawn += 1
-            yield torch.zeros(250_000)
+            drawn.append(torch.zeros(250_000))
+            yield drawn[-1]
 
     iterator = getattr(pool, name)(tasks.discard, tensors(), buffersize=64, buffer_nbytes="5MB")
     for consumed in range(1, 100):
         next(iterator)
-        assert drawn - consumed <= 6
+        assert len(drawn) - consumed <= 6
     del iterator
 
 
@@ -90,6 +95,57 @@ def test_a_budget_in_bytes_counts_results(pool):
     for consumed in range(1, 100):
         assert len(next(iterator)) == 1_000_000
         assert drawn - consumed <= 6
+    del iterator
+
+
+def test_a_tensor_that_is_sent_again_takes_no_more_of_the_budget(pool):
+    tensor, drawn = torch.ones(1_000_000), 0
+
+    def again():
+        nonlocal drawn
+        for drawn in range(1, 200):
+            yield tensor, drawn
+
+    iterator = pool.imap(tasks.discard, again(), buffersize=64, buffer_nbytes="5MB")
+    next(iterator)
+    next(iterator)
+    wait_until(lambda: drawn >= 60, DEADLINE, "the window is full, though each two items are more than the budget")
+    assert sum(1 for _ in iterator) == 197
+
+
+def test_a_tensor_that_is_made_in_shared_memory_for_each_item_counts(pool):
+    drawn = []
+
+    def tensors():
+        while True:
+            drawn.append(pool.empty(250_000))
+            yield drawn[-1]
+
+    iterator = pool.imap(tasks.discard, tensors(), buffersize=64, buffer_nbytes="5MB")
+    for consumed in range(1, 100):
+        next(iterator)
+        assert len(drawn) - consumed <= 6
+    del iterator
+
+
+def test_large_items_after_many_small_ones_count_at_once(pool):
+    """When a stream of microsecond tasks has its wide window, too."""
+    drawn = 0
+
+    def items():
+        nonlocal drawn
+        for drawn in range(1, 20_001):
+            yield drawn
+        kept = []
+        while True:
+            drawn += 1
+            kept.append(torch.zeros(250_000))
+            yield kept[-1]
+
+    iterator = pool.imap(tasks.discard, items(), buffer_nbytes="5MB")
+    for consumed in range(1, 20_100):
+        next(iterator)
+        assert drawn - max(consumed, 20_000) <= 6
     del iterator
 
 

@@ -6,7 +6,7 @@ results are its own: it makes them in ``encode`` and hands them back in events, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ from tpool.messages import (
     VacateSlot,
     WorkerId,
 )
+from tpool.outstanding import Piece
 from tpool.tensors.held import Reference
 
 WorkerAction = StartWorker | SendTasks | LendWorker | RecallTasks | RetireWorker | KillWorker | VacateSlot
@@ -161,8 +162,12 @@ class Engine(Protocol):
             The result; why the worker was lost that ran it; or None: it did not run, and is to be submitted.
         """
 
-    def encoded_nbytes(self, encoded: Encoded) -> int:
-        """How much memory an encoded object takes while it waits to be sent and used."""
+    def weigh(self, encoded: Encoded) -> tuple[int, Sequence[Piece]]:
+        """How much memory an encoded object takes while it waits to be sent and used.
+
+        Returns:
+            How many bytes of its own; and the pieces of shared memory that it refers to, as others may.
+        """
 
     def put(self, obj: object, share: bool = False) -> Reference:
         """Have the workers keep an object; encoded at once, sent when a worker first needs it.

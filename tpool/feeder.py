@@ -3,8 +3,8 @@
 A slow, blocked or raising iterable, and slow user reducers, are this thread's affair and stall nobody else.
 
 Back-pressure: at most ``window`` items are drawn and not yet consumed, and beyond a handful no more than
-``max_nbytes``. The default window is a few tasks per worker; only tasks that run for microseconds and carry little get
-a wider one, since they travel many to a message.
+``max_nbytes``; memory that several of them refer to counts once. The default window is a few tasks per worker; only
+tasks that run for microseconds and carry little get a wider one, since they travel many to a message.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 from tpool.handler import Handler
 from tpool.messages import JobCancelled, JobId, JobSealed, Task
+from tpool.outstanding import Outstanding
 from tpool.results import Failure
 from tpool.streams import Stream
 
@@ -54,7 +55,7 @@ class Feeder:
         self._processes = processes
         self._wide = False  # tasks of microseconds that carry little
         self._drawn = 0
-        self._drawn_nbytes = 0  # of all items so far; their mean estimates what is outstanding
+        self._outstanding = Outstanding()
 
     def start(self, chunksize: int, window: int | None, max_nbytes: int) -> None:
         """Start the thread. It is daemonic: an input that blocks for ever must not hold up the interpreter's exit.
@@ -102,6 +103,8 @@ class Feeder:
                 chunk.reverse()
                 while chunk:  # each item is held by nobody but its payload once it was sent
                     self._send(chunk.pop())
+                if self._outstanding.latest_nbytes > WIDE_ITEM_NBYTES:
+                    break
 
     def _send(self, item: Any) -> None:
         index = self._drawn
@@ -112,7 +115,7 @@ class Feeder:
         except BaseException as error:
             self._stream.resolve(index, Failure(error))
             return
-        self._drawn_nbytes += handler.engine.encoded_nbytes(payload)
+        self._outstanding.add(*handler.engine.weigh(payload))
         if self._wide:
             handler.submit_soon(Task(self._job, index, payload))
         else:
@@ -121,9 +124,12 @@ class Feeder:
     def _limit(self) -> int:
         """How many items may be outstanding now."""
         processes = self._processes()
+        outstanding = self._drawn - self._stream.consumed
+        self._outstanding.keep(outstanding)
         result_nbytes = self._stream.result_nbytes
-        mean_nbytes = self._drawn_nbytes // max(1, self._drawn) + int(result_nbytes or 0)
-        self._wide = mean_nbytes <= WIDE_ITEM_NBYTES and 0 < self._stream.seconds < WIDE_TASK_SECONDS
+        each = int(result_nbytes or 0)
+        light = self._outstanding.mean_nbytes + each <= WIDE_ITEM_NBYTES
+        self._wide = light and 0 < self._stream.seconds < WIDE_TASK_SECONDS
         if self._window is not None:
             limit = self._window
         elif self._wide:
@@ -132,8 +138,11 @@ class Feeder:
             limit = TASKS_PER_WORKER * processes
         if result_nbytes is None:
             limit = min(limit, processes)  # nobody knows yet how large results are
-        elif mean_nbytes * limit > self._max_nbytes:
-            limit = min(limit, max(processes, self._max_nbytes // mean_nbytes))
+        else:
+            room = self._max_nbytes - self._outstanding.nbytes - each * outstanding
+            each += self._outstanding.latest_nbytes  # the next item is not known; so is the latest
+            if room < each * (limit - outstanding):
+                limit = max(processes, outstanding + room // max(1, each))
         return limit
 
     def _room(self) -> int:

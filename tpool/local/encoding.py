@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any
 
@@ -16,6 +16,7 @@ from tpool.local.crew import Crew, SlotRecord
 from tpool.local.hunger import Hunger
 from tpool.local.setup import PoolMemory
 from tpool.messages import JobId
+from tpool.outstanding import Piece
 from tpool.tensors.held import Holder, Reference
 from tpool.tensors.payload import HeldObject, Payload
 from tpool.tensors.plain import dumps_plain
@@ -126,11 +127,10 @@ class Encoder:
             encodings.note(began, monotonic(), wire.carried_nbytes(encoded))
         return encoded
 
-    def encoded_nbytes(self, encoded: Payload | bytes) -> int:
+    def weigh(self, encoded: Payload | bytes) -> tuple[int, Sequence[Piece]]:
         """See Engine."""
         if isinstance(encoded, bytes):
-            return len(encoded)
-        if type(encoded.data) is bytes:
-            nbytes = len(encoded.data)
-            return nbytes + wire.moved_nbytes(encoded) if encoded.blocks else nbytes
-        return wire.moved_nbytes(encoded)
+            return len(encoded), ()
+        data = encoded.data
+        own_nbytes = len(data) if isinstance(data, bytes) else data.nbytes
+        return own_nbytes, [(block.arena.address + block.offset, block.nbytes) for block in encoded.blocks]

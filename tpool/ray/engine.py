@@ -17,7 +17,7 @@ import os
 import select
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from tpool.messages import (
     VacateSlot,
     WorkerExited,
 )
+from tpool.outstanding import Piece
 from tpool.ray.cluster import Cluster
 from tpool.ray.codec import RayCodec
 from tpool.ray.journal import Journals
@@ -119,9 +120,9 @@ class ActorEngine:
     def _pack(self, payload: Payload) -> Parcel:
         return pack(payload, self._ray.put)
 
-    def encoded_nbytes(self, encoded: Encoded) -> int:
-        """See Engine."""
-        return len(encoded) if isinstance(encoded, bytes) else encoded.nbytes
+    def weigh(self, encoded: Encoded) -> tuple[int, Sequence[Piece]]:
+        """See Engine: whatever is sent again is stored again."""
+        return (len(encoded) if isinstance(encoded, bytes) else encoded.nbytes), ()
 
     def call_now(self, job: JobId, payload: Encoded) -> None:
         """See Engine: an actor is never lent, as a call of it costs more than the way through the handler."""

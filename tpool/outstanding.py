@@ -1,0 +1,67 @@
+"""How much memory the items of a stream take that are drawn and not yet consumed."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+Piece = tuple[int, int]
+"""A piece of shared memory that an item refers to: its address, and how many bytes."""
+
+
+class Outstanding:
+    """The weights of the items that are drawn and not consumed. Used by one thread.
+
+    A piece of shared memory that several of them refer to counts once: a tensor that is sent again takes no more.
+
+    An unordered stream may consume another item than the oldest; what counts as outstanding is then the latest ones,
+    as many as there are.
+
+    Attributes:
+        nbytes: of all of them.
+        latest_nbytes: by how much the latest item made that more.
+    """
+
+    __slots__ = ("_added", "_items", "_users", "latest_nbytes", "nbytes")
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self.latest_nbytes = 0
+        self._added = 0  # the sum of what each of them made it more
+        self._items: deque[tuple[int, int, Sequence[Piece]]] = deque()  # (its own bytes, what it added, pieces)
+        self._users: dict[Piece, int] = {}  # how many items refer to a piece
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @property
+    def mean_nbytes(self) -> int:
+        """By how much an item made it more, in the mean."""
+        return self._added // len(self._items) if self._items else self.latest_nbytes
+
+    def add(self, own_nbytes: int, pieces: Sequence[Piece]) -> None:
+        """An item was drawn, with so many bytes of its own and these pieces of shared memory."""
+        added = own_nbytes
+        for piece in pieces:
+            users = self._users.get(piece, 0)
+            self._users[piece] = users + 1
+            if not users:
+                added += piece[1]
+        self.latest_nbytes = added
+        self.nbytes += added
+        self._added += added
+        self._items.append((own_nbytes, added, pieces))
+
+    def keep(self, count: int) -> None:
+        """Only the latest ``count`` are outstanding."""
+        items = self._items
+        while len(items) > count:
+            own_nbytes, added, pieces = items.popleft()
+            self.nbytes -= own_nbytes
+            self._added -= added
+            for piece in pieces:
+                users = self._users.pop(piece) - 1
+                if users:
+                    self._users[piece] = users
+                else:
+                    self.nbytes -= piece[1]
