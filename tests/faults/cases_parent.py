@@ -141,13 +141,16 @@ def ends_well(env: Env, name, status, tracebacks, seconds=1.0):
     when = env.marks("ready")[0].when
     got = started.wait(20)
     took = time.monotonic() - when
-    env.note(f"the interpreter ended {took:.2f} s later")
+    unwound = env.marks("unwound")[0].when - when
+    env.note(f"the pool ended {unwound:.2f} s later, the interpreter {took:.2f} s")
     printed = started.stderr()
     assert got == status, f"status {got}: {printed[-300:]}"
     assert printed.count("Traceback (most recent") == tracebacks, printed
     assert not env.is_tpool or "Exception ignored" not in printed, printed
     started.assert_all_gone()
-    assert took < seconds * SLACK, f"the interpreter took {took:.1f} s to end"
+    assert unwound < seconds * SLACK, f"the pool took {unwound:.1f} s to end"
+    # An interpreter that has torch takes most of a second to end, without any pool, on a quiet machine.
+    assert took < 2 * seconds * SLACK, f"the interpreter took {took:.1f} s to end"
 
 
 @case(4, "the interpreter ends with a live idle pool", deadline=60)

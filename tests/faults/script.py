@@ -10,6 +10,7 @@ Tasks tell what happened to them by *marks*: lines appended to one file, which s
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import faulthandler
 import gc
@@ -537,6 +538,7 @@ def main() -> None:
     env = Env(ADAPTERS[arguments.pool](), arguments.method)
     if arguments.role:
         faulthandler.register(signal.SIGUSR1)
+        atexit.register(mark, "unwound")  # after whatever pools register
         ROLES[arguments.role](env)
         return
     if env.is_tpool:
