@@ -48,7 +48,8 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     The standard library's pool waits for ever for its workers to begin; these tests count on it.
     """
     monkeypatch.setattr("tpool.scheduler.START_GRACE_SECONDS", DEADLINE)
-    monkeypatch.setattr("test.support.SHORT_TIMEOUT", DEADLINE)
+    if CPYTHON is not None:
+        monkeypatch.setattr("test.support.SHORT_TIMEOUT", DEADLINE)
 
 
 def test_cpython_tests_are_found(start_method: str) -> None:

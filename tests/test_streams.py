@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 
@@ -68,17 +69,49 @@ def test_a_second_iterable_in_the_place_of_chunksize_is_refused_with_the_cure(po
 
 @pytest.mark.parametrize("name", ["imap", "imap_unordered"])
 def test_a_budget_in_bytes_counts_items(pool, name):
-    drawn = []  # and kept, or their memory would be used again
+    drawn = 0
 
     def tensors():
+        nonlocal drawn
         while True:
-            drawn.append(torch.zeros(250_000))
-            yield drawn[-1]
+            drawn += 1
+            yield torch.zeros(250_000)  # in memory that tasks before have given back, but their results are waiting
 
     iterator = getattr(pool, name)(tasks.discard, tensors(), buffersize=64, buffer_nbytes="5MB")
     for consumed in range(1, 100):
         next(iterator)
-        assert len(drawn) - consumed <= 6
+        assert drawn - consumed <= 6
+    del iterator
+
+
+def test_a_budget_in_bytes_lets_no_more_be_drawn_than_the_one_in_items():
+    consumed = most = 0
+
+    def tensors():
+        nonlocal most
+        for drawn in range(1, 31):
+            most = max(most, drawn - consumed)
+            yield torch.zeros(250_000)
+
+    with tpool.Pool(4) as pool:
+        for _ in pool.imap(tasks.discard, tensors(), buffersize=1, buffer_nbytes="500KB"):
+            consumed += 1
+    assert most <= 2, "one, and one that the consumer has and we have not counted"
+
+
+def test_items_that_cannot_be_sent_take_nothing_of_the_budget(pool):
+    drawn = 0
+
+    def items():
+        nonlocal drawn
+        for drawn in range(1, 121):
+            yield threading.Lock() if drawn % 10 else torch.zeros(250_000)
+
+    iterator = pool.imap(tasks.discard, items(), buffersize=64, buffer_nbytes="10MB")
+    for _ in range(40):
+        with contextlib.suppress(TypeError):
+            next(iterator)
+    wait_until(lambda: drawn - 40 >= 64, DEADLINE, "the window is full, as only six or seven of them are tensors")
     del iterator
 
 
@@ -98,7 +131,8 @@ def test_a_budget_in_bytes_counts_results(pool):
     del iterator
 
 
-def test_a_tensor_that_is_sent_again_takes_no_more_of_the_budget(pool):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_tensor_that_is_sent_again_takes_no_more_of_the_budget(processes):
     tensor, drawn = torch.ones(1_000_000), 0
 
     def again():
@@ -106,11 +140,12 @@ def test_a_tensor_that_is_sent_again_takes_no_more_of_the_budget(pool):
         for drawn in range(1, 200):
             yield tensor, drawn
 
-    iterator = pool.imap(tasks.discard, again(), buffersize=64, buffer_nbytes="5MB")
-    next(iterator)
-    next(iterator)
-    wait_until(lambda: drawn >= 60, DEADLINE, "the window is full, though each two items are more than the budget")
-    assert sum(1 for _ in iterator) == 197
+    with tpool.Pool(processes) as pool:
+        iterator = pool.imap(tasks.discard, again(), buffersize=64, buffer_nbytes="5MB")
+        next(iterator)
+        next(iterator)
+        wait_until(lambda: drawn >= 60, DEADLINE, "the window is full, though each two items are more than the budget")
+        assert sum(1 for _ in iterator) == 197
 
 
 def test_a_tensor_that_is_made_in_shared_memory_for_each_item_counts(pool):
@@ -128,8 +163,9 @@ def test_a_tensor_that_is_made_in_shared_memory_for_each_item_counts(pool):
     del iterator
 
 
-def test_large_items_after_many_small_ones_count_at_once(pool):
-    """When a stream of microsecond tasks has its wide window, too."""
+@pytest.mark.parametrize("chunksize", [1, 8])
+def test_large_items_after_many_small_ones_count_at_once(pool, chunksize):
+    """When a stream of microsecond tasks has its wide window, too; with chunks, whichever of a chunk is large."""
     drawn = 0
 
     def items():
@@ -140,12 +176,12 @@ def test_large_items_after_many_small_ones_count_at_once(pool):
         while True:
             drawn += 1
             kept.append(torch.zeros(250_000))
-            yield kept[-1]
+            yield kept[-1] if chunksize == 1 or drawn % chunksize else None
 
-    iterator = pool.imap(tasks.discard, items(), buffer_nbytes="5MB")
+    iterator = pool.imap(tasks.discard, items(), chunksize, buffersize=1_000, buffer_nbytes="5MB")
     for consumed in range(1, 20_100):
         next(iterator)
-        assert drawn - max(consumed, 20_000) <= 6
+        assert drawn - max(consumed, 20_000) <= (6 if chunksize == 1 else 6 + 2 * chunksize)
     del iterator
 
 

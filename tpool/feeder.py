@@ -3,8 +3,8 @@
 A slow, blocked or raising iterable, and slow user reducers, are this thread's affair and stall nobody else.
 
 Back-pressure: at most ``window`` items are drawn and not yet consumed, and beyond a handful no more than
-``max_nbytes``; memory that several of them refer to counts once. The default window is a few tasks per worker; only
-tasks that run for microseconds and carry little get a wider one, since they travel many to a message.
+``max_nbytes``; shared memory that several items refer to counts once. The default window is a few tasks per worker;
+only tasks that run for microseconds and carry little get a wider one, since they travel many to a message.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class Feeder:
         self._wide = False  # tasks of microseconds that carry little
         self._drawn = 0
         self._outstanding = Outstanding()
+        self._latest_nbytes = 0  # by how much an item of the latest chunk made that more
 
     def start(self, chunksize: int, window: int | None, max_nbytes: int) -> None:
         """Start the thread. It is daemonic: an input that blocks for ever must not hold up the interpreter's exit.
@@ -100,10 +101,12 @@ class Feeder:
                 chunk = list(itertools.islice(iterator, self._chunksize))
                 if not chunk:
                     return
+                count, before = len(chunk), self._outstanding.nbytes
                 chunk.reverse()
                 while chunk:  # each item is held by nobody but its payload once it was sent
                     self._send(chunk.pop())
-                if self._outstanding.latest_nbytes > WIDE_ITEM_NBYTES:
+                self._latest_nbytes = (self._outstanding.nbytes - before) // count
+                if self._latest_nbytes > WIDE_ITEM_NBYTES:
                     break
 
     def _send(self, item: Any) -> None:
@@ -113,6 +116,7 @@ class Feeder:
         try:
             payload = handler.engine.encode(item, patient=self._stream.may_take)
         except BaseException as error:
+            self._outstanding.add(0, ())
             self._stream.resolve(index, Failure(error))
             return
         self._outstanding.add(*handler.engine.weigh(payload))
@@ -140,14 +144,15 @@ class Feeder:
             limit = min(limit, processes)  # nobody knows yet how large results are
         else:
             room = self._max_nbytes - self._outstanding.nbytes - each * outstanding
-            each += self._outstanding.latest_nbytes  # the next item is not known; so is the latest
+            each += self._latest_nbytes  # as if the next items were like the latest
             if room < each * (limit - outstanding):
-                limit = max(processes, outstanding + room // max(1, each))
+                limit = min(limit, max(processes, outstanding + room // max(1, each)))
         return limit
 
     def _room(self) -> int:
         """How many chunks may be drawn now; the last of them may overshoot the limit by less than a chunk."""
         if self._stream.unbounded:
+            self._outstanding.keep(1)
             return LOOK_AGAIN
         return -(-(self._limit() - self._drawn + self._stream.consumed) // self._chunksize)
 

@@ -75,7 +75,7 @@ class StreamCalls(Calls):
             buffersize: the most items drawn and not consumed; None for a few per worker.
             buffer_nbytes: about the most bytes of items and results drawn and not consumed, as a number or as text
                 such as ``"2GB"``, but one item per worker at least; None for a quarter of the pool's ``memory``, in
-                which only items count. Memory that several items refer to counts once.
+                which only items count. Shared memory that several items refer to counts once.
             timeout: how many seconds a task may run, until its worker is killed; see ``Pool``.
             retries: how often a task is tried again; see ``Pool``.
             retry_on: after which exceptions.

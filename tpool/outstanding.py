@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
-Piece = tuple[int, int]
-"""A piece of shared memory that an item refers to: its address, and how many bytes."""
+Piece = tuple[Hashable, int]
+"""A piece of shared memory that an item refers to: what tells it from all others, and how many bytes."""
 
 
 class Outstanding:
@@ -15,18 +15,16 @@ class Outstanding:
     A piece of shared memory that several of them refer to counts once: a tensor that is sent again takes no more.
 
     An unordered stream may consume another item than the oldest; what counts as outstanding is then the latest ones,
-    as many as there are.
+    as many as there are. The latest item of all stays: it tells what the next one may take.
 
     Attributes:
         nbytes: of all of them.
-        latest_nbytes: by how much the latest item made that more.
     """
 
-    __slots__ = ("_added", "_items", "_users", "latest_nbytes", "nbytes")
+    __slots__ = ("_added", "_items", "_users", "nbytes")
 
     def __init__(self) -> None:
         self.nbytes = 0
-        self.latest_nbytes = 0
         self._added = 0  # the sum of what each of them made it more
         self._items: deque[tuple[int, int, Sequence[Piece]]] = deque()  # (its own bytes, what it added, pieces)
         self._users: dict[Piece, int] = {}  # how many items refer to a piece
@@ -37,7 +35,7 @@ class Outstanding:
     @property
     def mean_nbytes(self) -> int:
         """By how much an item made it more, in the mean."""
-        return self._added // len(self._items) if self._items else self.latest_nbytes
+        return self._added // len(self._items) if self._items else 0
 
     def add(self, own_nbytes: int, pieces: Sequence[Piece]) -> None:
         """An item was drawn, with so many bytes of its own and these pieces of shared memory."""
@@ -47,7 +45,6 @@ class Outstanding:
             self._users[piece] = users + 1
             if not users:
                 added += piece[1]
-        self.latest_nbytes = added
         self.nbytes += added
         self._added += added
         self._items.append((own_nbytes, added, pieces))
@@ -55,7 +52,7 @@ class Outstanding:
     def keep(self, count: int) -> None:
         """Only the latest ``count`` are outstanding."""
         items = self._items
-        while len(items) > count:
+        while len(items) > count and len(items) > 1:
             own_nbytes, added, pieces = items.popleft()
             self.nbytes -= own_nbytes
             self._added -= added

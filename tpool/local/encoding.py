@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any
@@ -133,4 +134,5 @@ class Encoder:
             return len(encoded), ()
         data = encoded.data
         own_nbytes = len(data) if isinstance(data, bytes) else data.nbytes
-        return own_nbytes, [(block.arena.address + block.offset, block.nbytes) for block in encoded.blocks]
+        # Not by address: a task that is done has given its memory back, and another item may have that by now.
+        return own_nbytes, [(weakref.ref(block.view.obj), block.nbytes) for block in encoded.blocks]

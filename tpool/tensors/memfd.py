@@ -144,6 +144,8 @@ class Guard(ctypes.c_ubyte * _MOST_NBYTES):  # type: ignore[misc]  # an array ty
 
     mapping: object
 
+    __hash__ = object.__hash__  # by identity, as they are compared; ctypes gives its arrays none
+
 
 def view_of(guard: Guard, nbytes: int) -> memoryview:
     """A writable view of format 'B' of the block that the guard stands for."""
