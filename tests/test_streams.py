@@ -104,14 +104,14 @@ def test_items_that_cannot_be_sent_take_nothing_of_the_budget(pool):
 
     def items():
         nonlocal drawn
-        for drawn in range(1, 121):
+        for drawn in range(1, 301):
             yield threading.Lock() if drawn % 10 else torch.zeros(250_000)
 
     iterator = pool.imap(tasks.discard, items(), buffersize=64, buffer_nbytes="10MB")
-    for _ in range(40):
+    for _ in range(200):
         with contextlib.suppress(TypeError):
             next(iterator)
-    wait_until(lambda: drawn - 40 >= 64, DEADLINE, "the window is full, as only six or seven of them are tensors")
+    wait_until(lambda: drawn - 200 >= 64, DEADLINE, "the window is full, as only six or seven of them are tensors")
     del iterator
 
 
