@@ -149,8 +149,8 @@ def ends_well(env: Env, name, status, tracebacks, seconds=1.0):
     assert not env.is_tpool or "Exception ignored" not in printed, printed
     started.assert_all_gone()
     assert unwound < seconds * SLACK, f"the pool took {unwound:.1f} s to end"
-    # An interpreter that has torch takes most of a second to end, without any pool, on a quiet machine.
-    assert took < 2 * seconds * SLACK, f"the interpreter took {took:.1f} s to end"
+    # Most of it is torch's: an interpreter that has imported it takes 0.7 s to end, without any pool.
+    assert took < seconds * SLACK, f"the interpreter took {took:.1f} s to end"
 
 
 @case(4, "the interpreter ends with a live idle pool", deadline=60)
