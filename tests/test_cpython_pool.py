@@ -41,17 +41,6 @@ def start_method(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
-@pytest.fixture(autouse=True)
-def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A busy machine may take longer than ten seconds to spawn a worker, and than thirty for a pool of four.
-
-    The standard library's pool waits for ever for its workers to begin; these tests count on it.
-    """
-    monkeypatch.setattr("tpool.scheduler.START_GRACE_SECONDS", DEADLINE)
-    if CPYTHON is not None:
-        monkeypatch.setattr("test.support.SHORT_TIMEOUT", DEADLINE)
-
-
 def test_cpython_tests_are_found(start_method: str) -> None:
     """Lest we run nothing and call it passed."""
     if CPYTHON is None:
