@@ -29,9 +29,6 @@ class Outstanding:
         self._items: deque[tuple[int, int, Sequence[Piece]]] = deque()  # (its own bytes, what it added, pieces)
         self._users: dict[Piece, int] = {}  # how many items refer to a piece
 
-    def __len__(self) -> int:
-        return len(self._items)
-
     @property
     def mean_nbytes(self) -> int:
         """By how much an item made it more, in the mean."""
