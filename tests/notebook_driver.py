@@ -92,6 +92,7 @@ async def execute(path: str, naps: Path) -> dict[str, Any]:
     # Not TCP: nobody else on the machine should be able to send code.
     client = Client(notebook, timeout=DEADLINE, config=Config({"AsyncKernelManager": {"transport": "ipc"}}))
     client.naps = naps
+    assert any(NAP in cell.source for cell in notebook.cells), "the cell to interrupt naps in another way"
     for cell in notebook.cells:
         cell.source = cell.source.replace(NAP, f"    seconds and open(f'{naps}/{{os.getpid()}}', 'x').close()\n{NAP}")
     found: dict[str, Any] = {}
