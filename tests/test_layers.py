@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "tpool"
 
 # From the ground up. Modules of one row may not import each other.
 ROWS = [
-    ["tpool.errors", "tpool.local.deathwatch", "tpool.local.interpreter", "tpool.tensors.cures"],
+    ["tpool.errors", "tpool.local.deathwatch", "tpool.local.interpreter", "tpool.tensors.cures", "tpool.waiting"],
     ["tpool.messages", "tpool.outstanding"],
     ["tpool.deadlines", "tpool.limits", "tpool.roster"],
     ["tpool.dispatch"],

@@ -30,6 +30,7 @@ from tpool.messages import (
     JobOpened,
     JobSealed,
     JobSubmitted,
+    JobWithdrawn,
     KillWorker,
     LendWorker,
     LoanWanted,
@@ -127,6 +128,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.workers: dict[int, ModelWorker] = {}
         self.gone: list[ModelWorker] = []
         self.jobs: dict[int, ModelJob] = {}
+        self.withdrawn: int | None = None  # a job that was withdrawn but is not open, until that is answered
         self.unresolved: dict[Key, Task] = {}
         self.outcome: dict[Key, str] = {}
         self.attempts: dict[Key, int] = {}
@@ -357,6 +359,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.resolve(task, how, extra)
 
     def do_FinishJob(self, action: FinishJob) -> None:
+        if action.job == self.withdrawn:  # never opened, or finished before
+            self.withdrawn = None
+            return
         job = self.jobs[action.job]
         assert not job.finished, "finished twice"
         assert job.sealed or job.cancelled, "finished before it was sealed"
@@ -547,6 +552,27 @@ class SchedulerMachine(RuleBasedStateMachine):
         expect: list[tuple[str, Key, Any]] = [("dropped", (job.id, index), None) for index in job.queue]
         job.queue.clear()
         self.say(JobCancelled(JobId(job.id), kill, "somebody"), expect)
+
+    @precondition(lambda self: self.jobs)
+    @rule(data=st.data(), luck=SELDOM, opened=st.booleans())
+    def withdraw(self, data: st.DataObject, luck: bool, opened: bool) -> None:
+        """Its caller was interrupted."""
+        if not luck:
+            return
+        expect: list[tuple[str, Key, Any]] = []
+        job_id = len(self.jobs) + 100
+        if opened:
+            job = data.draw(st.sampled_from(list(self.jobs.values())), label="job")
+            job_id = job.id
+            job.sealed = True
+        if not opened or job.finished:
+            self.withdrawn = job_id
+        else:
+            job.cancelled = True
+            expect = [("dropped", (job.id, index), None) for index in job.queue]
+            job.queue.clear()
+        self.say(JobWithdrawn(JobId(job_id)), expect)
+        assert self.withdrawn is None, "whoever made it was not answered"
 
     @precondition(lambda self: self.peace < 0 and not self.closed)
     @rule()

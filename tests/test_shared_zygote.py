@@ -1,11 +1,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from types import FrameType
+from typing import Any
 
+import pool_tasks as tasks
 import pytest
 
+import tpool
 from tpool.local import shared_zygote as module
 from tpool.local.shared_zygote import SharedZygote
 
@@ -40,3 +45,27 @@ def test_a_zygote_on_its_way_out_is_replaced(monkeypatch: pytest.MonkeyPatch) ->
         for process in started:
             process.wait()
         shared._forget()
+
+
+@pytest.mark.leaves("the zygote with this list of modules lingers")
+def test_an_interrupt_while_the_zygote_starts_harms_no_later_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    spawn_interpreter = module.spawn_interpreter
+
+    def spawn_interrupted(*args: Any) -> int:
+        pid = spawn_interpreter(*args)
+        os.kill(os.getpid(), signal.SIGINT)  # just before anybody knows the process
+        return pid
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "spawn_interpreter", spawn_interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                tpool.Pool(1, preload=["sched"])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with tpool.Pool(1, preload=["sched"]) as pool:
+        assert pool.apply_async(tasks.identity, (1,)).get(30) == 1

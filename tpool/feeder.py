@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from tpool.handler import Handler
-from tpool.messages import JobCancelled, JobId, JobSealed, Task
+from tpool.messages import JobCancelled, JobId, JobSealed, JobWithdrawn, Task
 from tpool.outstanding import Outstanding
 from tpool.results import Failure
 from tpool.streams import Stream
@@ -30,7 +30,7 @@ WIDE_ITEM_NBYTES = 4096
 
 
 class Feeder:
-    """Feeds one stream; everything but the constructor runs in its own thread.
+    """Feeds one stream; everything but what its caller calls runs in its own thread.
 
     Args:
         handler: takes the tasks.
@@ -55,6 +55,7 @@ class Feeder:
         self._processes = processes
         self._wide = False  # tasks of microseconds that carry little
         self._drawn = 0
+        self._claim = threading.Lock()  # taken for good by whoever says what becomes of the job
         self._outstanding = Outstanding()
         self._latest_nbytes = 0  # by how much an item of the latest chunk made that more
 
@@ -72,7 +73,15 @@ class Feeder:
         self._max_nbytes = max_nbytes
         threading.Thread(target=self._run, name=f"tpool-feeder-{self._job}", daemon=True).start()
 
+    def give_up(self) -> None:
+        """The caller was interrupted while it made the job, in ``start`` perhaps: feed no more of it."""
+        self._stream.cancel()
+        if self._claim.acquire(blocking=False):  # else the thread runs and will notice
+            self._handler.post(JobWithdrawn(self._job))
+
     def _run(self) -> None:
+        if not self._claim.acquire(blocking=False):
+            return
         stream = self._stream
         assert self._iterable is not None
         try:

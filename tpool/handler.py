@@ -58,6 +58,7 @@ from tpool.messages import (
 )
 from tpool.results import Callbacks, Failure, SharedFailure, Sink
 from tpool.scheduler import Scheduler
+from tpool.waiting import Flag
 
 logger = logging.getLogger("tpool")
 
@@ -104,8 +105,8 @@ class Handler:
         self._napping = False
         self._nap_until = 0.0
         self._followups: deque[Event] = deque()
-        self._begun = threading.Event()
-        self._ended = threading.Event()
+        self._begun = Flag()
+        self._ended = Flag()
         self.terminating = False  # nobody should be told that a worker was lost
         self.terminated_at = math.inf
         self._last_words: Failure | SharedFailure | None = None  # what tasks without an outcome get, once known
@@ -144,22 +145,18 @@ class Handler:
         self._begun.wait()
 
     def open_job(
-        self, sink: Sink, mode: int, function: Encoded | None = None, batch: int = 1, rules: Rules | None = None
-    ) -> JobId:
-        """Make a job known, before its tasks."""
-        job = self.new_job(sink.story)
+        self, job: JobId, sink: Sink, mode: int, function: Encoded, batch: int = 1, rules: Rules | None = None
+    ) -> None:
+        """Make a job known, before its tasks. Whoever is interrupted in this must post JobWithdrawn."""
         self.sinks[job] = sink
         self.engine.open_job(job, mode, function)
         self.post(JobOpened(job, batch, rules))
-        return job
 
-    def open_single(self, sink: Sink, mode: int, payload: Encoded, rules: Rules | None = None) -> JobId:
-        """Make a job of one task known, and submit it; the handler is woken once."""
-        job = self.new_job(sink.story)
+    def open_single(self, job: JobId, sink: Sink, mode: int, payload: Encoded, rules: Rules | None = None) -> None:
+        """As ``open_job``, for a job of one task, which is submitted; the handler is woken once."""
         self.sinks[job] = sink
         self.engine.open_job(job, mode, None)
         self.post(JobSubmitted(job, [Task(job, 0, payload)], rules=rules))
-        return job
 
     def new_job(self, story: str) -> JobId:
         """A number for a job; the story is what a timeline calls it."""
@@ -364,7 +361,8 @@ class Handler:
 
     def _finish(self, action: FinishJob) -> None:
         self.engine.forget_job(action.job)
-        self.sinks.pop(action.job).finish()
+        if (sink := self.sinks.pop(action.job, None)) is not None:  # else it was withdrawn before
+            sink.finish()
 
     def _end(self, action: EndPool) -> None:
         if action.error is not None:

@@ -97,6 +97,15 @@ class JobBook:
         self.finish_if_over(job)  # which drop says only if there was a task
         return bool(queued)
 
+    def withdraw(self, job_id: JobId) -> None:
+        """Drop a job of which no more will be said, however much of it was."""
+        job = self._jobs.get(job_id)
+        if job is None:
+            self._dispatcher.out.append(FinishJob(job_id))
+        else:
+            self.cancel(job)
+        self._unheeded.discard(job_id)
+
     def drop(self, tasks: Iterable[Task]) -> None:
         """Tasks of cancelled jobs that nobody holds any more."""
         tasks = list(tasks)

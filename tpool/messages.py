@@ -122,6 +122,16 @@ class JobCancelled:
 
 
 @dataclass(slots=True, eq=False)
+class JobWithdrawn:
+    """A caller was interrupted while it made a job: nobody wants it, and nothing more will be said of it.
+
+    How much of the job was said is not known; it may never have been opened, or be finished. FinishJob is the answer.
+    """
+
+    job: JobId
+
+
+@dataclass(slots=True, eq=False)
 class WorkerBecameReady:
     """A worker ran its initializer and waits for tasks."""
 
@@ -237,6 +247,7 @@ Event = (
     | TasksSubmitted
     | JobSealed
     | JobCancelled
+    | JobWithdrawn
     | WorkerBecameReady
     | InitializerFailed
     | LoanWanted
@@ -350,7 +361,10 @@ class AnswerCancel:
 
 @dataclass(slots=True, eq=False)
 class FinishJob:
-    """The job is sealed and each of its tasks has been resolved, failed or dropped; said once per job."""
+    """The job is sealed and each of its tasks has been resolved, failed or dropped; said once per job.
+
+    Of a job that was withdrawn before it was opened, or after it was finished, it is said as well.
+    """
 
     job: JobId
 

@@ -22,7 +22,7 @@ from tpool.local.faltering import Faltering
 from tpool.local.seeding import SeededCall, SeededItems
 from tpool.local.wire import Mode
 from tpool.map_result import MapResult
-from tpool.messages import JobCancelled, JobId, JobSealed, Task
+from tpool.messages import JobCancelled, JobId, JobSealed, JobWithdrawn, Task
 from tpool.results import Failure, Sink
 from tpool.streams import IMapIterator, Stream
 
@@ -89,9 +89,14 @@ class Opener:
 
     def open_encoded(self, result: AsyncResult[Any], payload: Encoded, limits: Limits) -> None:
         """Make a job of one call that was encoded."""
-        with self._gate.lock:
-            self._gate.check_running()
-            result._job = self._handler.open_single(result, Mode.APPLY, payload, limits.rules)
+        job = result._job = self._handler.new_job(result.story)
+        try:
+            with self._gate.lock:
+                self._gate.check_running()
+                self._handler.open_single(job, result, Mode.APPLY, payload, limits.rules)
+        except BaseException:
+            self._handler.post(JobWithdrawn(job))
+            raise
 
     def open_map(
         self,
@@ -111,14 +116,14 @@ class Opener:
             result.expect(1)
             result.finish()
             return
-        result._job = job = self._open(result, Mode.MAP, function, 1, limits)
+        job = result._job = self._handler.new_job(result.story)
         try:
+            self._open(job, result, Mode.MAP, function, 1, limits)
             self._submit_chunks(job, result, items, size)
-        except BaseException:
-            self._handler.post(JobCancelled(job))
-            raise
-        finally:
             self._handler.post(JobSealed(job))
+        except BaseException:
+            self._handler.post(JobWithdrawn(job))
+            raise
 
     def _submit_chunks(self, job: JobId, result: MapResult[Any], items: Any, size: int) -> None:
         count = -(-len(items) // size)
@@ -161,20 +166,25 @@ class Opener:
             stream.set_length(1)
             stream.finish()
             return
-        job = self._open(stream, Mode.CALL, function, chunksize, limits)
-        weakref.finalize(iterator, _abandon, stream, self._handler, job).atexit = False
         window = None if buffersize is None else max(buffersize, chunksize)
         if chunksize > 1 and window is None:
             window = 2 * chunksize * self._gate.processes
         gate = self._gate
-        feeder = Feeder(self._handler, job, stream, iterable, lambda: gate.processes)
         nbytes = self._stream_nbytes if buffer_nbytes is None else min(self._stream_nbytes, buffer_nbytes)
-        feeder.start(chunksize, window, nbytes)
+        job = self._handler.new_job(stream.story)
+        feeder = Feeder(self._handler, job, stream, iterable, lambda: gate.processes)
+        try:
+            self._open(job, stream, Mode.CALL, function, chunksize, limits)
+            weakref.finalize(iterator, _abandon, stream, self._handler, job).atexit = False
+            feeder.start(chunksize, window, nbytes)
+        except BaseException:
+            feeder.give_up()
+            raise
 
-    def _open(self, sink: Sink, mode: Mode, function: Any, batch: int, limits: Limits) -> JobId:
+    def _open(self, job: JobId, sink: Sink, mode: Mode, function: Any, batch: int, limits: Limits) -> None:
         with self._gate.lock:
             self._gate.check_running()
-            return self._handler.open_job(sink, mode, function, batch, limits.rules)
+            self._handler.open_job(job, sink, mode, function, batch, limits.rules)
 
     def cancel(self, job: JobId) -> None:
         """Nobody can ask for the rest of a job any more."""

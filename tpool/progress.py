@@ -19,6 +19,7 @@ from tpool.messages import JobId
 from tpool.results import Callbacks, Failure, SharedFailure, Sink
 from tpool.stats import PoolStats
 from tpool.streams import Stream
+from tpool.waiting import Flag
 
 T = TypeVar("T")
 
@@ -77,7 +78,7 @@ class Meter:
         self._done = 0
         self._over = False
         self._posted = False
-        self._closed = threading.Event()
+        self._closed = Flag()
         self._waiting = ""
 
     def note(self, waiting: str) -> None:

@@ -115,9 +115,13 @@ class Callbacks:
     def prepare(self) -> None:
         """Start the thread; called by whoever submits a call that has callbacks."""
         with self._lock:
-            if self._thread is None and not self._ended:
+            if not (self._ended or self._has_started()):
                 self._thread = threading.Thread(target=self._run, name=f"{self._name}-callbacks", daemon=True)
                 self._thread.start()
+
+    def _has_started(self) -> bool:
+        # Whoever called prepare may have been interrupted before the thread began.
+        return self._thread is not None and self._thread.ident is not None
 
     def post(self, call: Callable[[], None]) -> None:
         """Have the thread make this call; from any thread, never blocks on another.
@@ -133,7 +137,7 @@ class Callbacks:
         """The thread ends when it has made the calls that were posted before."""
         with self._lock:
             self._ended = True
-            self._gone = self._thread is None
+            self._gone = not self._has_started()
         self._queue.put(None)
 
     def is_current(self) -> bool:
@@ -143,12 +147,15 @@ class Callbacks:
     def join(self, timeout: float | None) -> bool:
         """Wait until all posted calls were made; returns whether they were."""
         thread = self._thread
-        if thread is None or thread is threading.current_thread():
+        if thread is None or not self._has_started() or thread is threading.current_thread():
             return True
         thread.join(timeout)
         return not thread.is_alive()
 
     def _run(self) -> None:
+        with self._lock:
+            if not self.is_current():  # it was taken for one that would never begin
+                return
         while (call := self._queue.get()) is not None:
             self._make(call)
             del call  # it holds the result

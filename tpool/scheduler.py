@@ -52,6 +52,7 @@ from tpool.messages import (
     JobOpened,
     JobSealed,
     JobSubmitted,
+    JobWithdrawn,
     LoanWanted,
     PoolClosed,
     PoolTerminated,
@@ -177,6 +178,9 @@ class Scheduler:
             dropped = self._killer.doom(job, self._workers.values()) or dropped
         if event.asker is not None:
             self._out.append(AnswerCancel(event.asker, dropped))
+
+    def _job_withdrawn(self, event: JobWithdrawn) -> None:
+        self._book.withdraw(event.job)
 
     @property
     def workers(self) -> list[Worker]:
@@ -359,6 +363,7 @@ class Scheduler:
         TasksSubmitted: _tasks_submitted,
         JobSealed: _job_sealed,
         JobCancelled: _job_cancelled,
+        JobWithdrawn: _job_withdrawn,
         WorkerBecameReady: _worker_became_ready,
         InitializerFailed: _initializer_failed,
         LoanWanted: _loan_wanted,

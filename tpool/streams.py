@@ -7,8 +7,6 @@ feeder  ◄─ room ◄──────┘ (as results are consumed)
 from __future__ import annotations
 
 import multiprocessing
-import threading
-import time
 from collections import deque
 from queue import SimpleQueue
 from typing import Generic, TypeVar
@@ -16,6 +14,7 @@ from typing import Generic, TypeVar
 from tpool.engine import Result
 from tpool.loops import Bell
 from tpool.results import Failure, SharedFailure, decode
+from tpool.waiting import Monitor
 
 T = TypeVar("T")
 
@@ -54,7 +53,7 @@ class Stream:
         self._length: int | None = None
         self._over = False  # its end was told
         self._end: Failure | SharedFailure | None = None
-        self._news = threading.Condition(threading.Lock())
+        self._news = Monitor()
         self._consumers_waiting = 0
         self._bells: list[Bell] = []  # of consumers that are coroutines
         self._told = False  # they were woken and have not looked yet; one wake-up serves many results
@@ -123,21 +122,20 @@ class Stream:
             return None
 
     def _wait(self, timeout: float | None) -> Result:
-        deadline = None if timeout is None else time.monotonic() + timeout
         with self._news:
             self._consumers_waiting += 1
-            try:
-                while True:
-                    self._told = False  # before looking: what arrives after the look is told of again
-                    result = self._pop() or self._last()
-                    if result is not None:
-                        return result
-                    remaining = None if deadline is None else deadline - time.monotonic()
-                    if remaining is not None and remaining <= 0:
-                        raise multiprocessing.TimeoutError
-                    self._news.wait(remaining)
-            finally:
+        try:
+            result = self._news.wait_for(self._look, timeout)
+        finally:
+            with self._news:
                 self._consumers_waiting -= 1
+        if result is None:
+            raise multiprocessing.TimeoutError
+        return result
+
+    def _look(self) -> Result | None:
+        self._told = False  # before looking: what arrives after the look is told of again
+        return self._pop() or self._last()
 
     def _last(self) -> Result | None:
         """What is to be said when there is no outcome to take: None that there will be one.

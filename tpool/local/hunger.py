@@ -16,6 +16,7 @@ from time import monotonic
 from typing import Protocol
 
 from tpool.local.member import Member
+from tpool.waiting import Monitor
 
 # How often somebody looks for memory that died without a message while somebody waits for some.
 STARVING_SECONDS = 0.01
@@ -46,7 +47,7 @@ class Hunger:
 
     def __init__(self, wake: Callable[[], None]) -> None:
         self._wake = wake
-        self._news = threading.Condition(threading.Lock())
+        self._news = Monitor()
         self._patience = threading.local()
         # When somebody last waited; who waits does so many times in a row, with a look at the memory between.
         self._impatient_at = self._patient_at = -RECENT_SECONDS
@@ -70,9 +71,9 @@ class Hunger:
         else:
             self._impatient_at = monotonic()
         self._wake()
+        # Memory that this process itself drops is only found by looking, hence the short wait.
+        self._news.wait(min(seconds, STARVING_SECONDS))
         with self._news:
-            # Memory that this process itself drops is only found by looking, hence the short wait.
-            self._news.wait(min(seconds, STARVING_SECONDS))
             if patient or monotonic() > self._verdict_at + RECENT_SECONDS:
                 return True
             self._verdict_at = -RECENT_SECONDS

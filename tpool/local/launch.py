@@ -20,6 +20,7 @@ from tpool.local.channel import Channel
 from tpool.local.interpreter import CHILD_FD, spawn_interpreter
 from tpool.local.process import Inheritance, worker_main
 from tpool.local.shared_zygote import shared_zygote
+from tpool.waiting import uninterrupted
 
 
 @dataclass(slots=True)
@@ -86,7 +87,7 @@ class ZygoteLauncher:
         self._restarts = 0
 
     def _connect(self) -> socket.socket:
-        sock = self._zygote.connect()
+        sock = uninterrupted(self._zygote.connect, socket.socket.close)  # its state outlives this pool
         sock.setblocking(False)
         return sock
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 import enum
 import os
 import select
-import threading
 from collections import deque
 from collections.abc import Callable
 
@@ -30,6 +29,7 @@ from tpool.local.channel import Frame
 from tpool.local.member import Member
 from tpool.messages import JobId
 from tpool.tensors.payload import Payload
+from tpool.waiting import Flag
 
 __all__ = ["Borrowed", "Loan", "Loans", "Stage"]
 
@@ -71,7 +71,7 @@ class Loan:
         self.job = JobId(0)
         self.frames: list[Frame] = []
         self.answer: Answer = None
-        self._told: threading.Event | None = None
+        self._told: Flag | None = None
         self._abandoned = False
         self._loans = loans
         self._poll = select.poll()
@@ -106,7 +106,7 @@ class Loan:
             self._loans.give_back(borrowed)
             return answer
         self.frames = frames
-        self._told = threading.Event()
+        self._told = Flag()
         self._loans.hand_over(self)
         if not self.ended:
             self._told.wait()

@@ -19,6 +19,7 @@ from typing import Any
 
 from tpool.errors import PlatformError
 from tpool.ray.spec import RayEngine
+from tpool.waiting import Flag
 
 __all__ = ["Cluster", "connect", "load_ray", "on_loopback"]
 
@@ -48,7 +49,7 @@ class _Connection:
     """
 
     users: int = 0
-    end: threading.Event | None = None
+    end: Flag | None = None
     thread: threading.Thread | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -137,8 +138,8 @@ def _check_address(ray: Any, address: str | None) -> None:
         raise ValueError(f"this process is connected to Ray at {here}; it cannot use {address} at the same time")
 
 
-def _start(ray: Any, address: str | None) -> tuple[threading.Event, threading.Thread]:
-    end, begun = threading.Event(), threading.Event()
+def _start(ray: Any, address: str | None) -> tuple[Flag, threading.Thread]:
+    end, begun = Flag(), Flag()
     errors: list[BaseException] = []
 
     def live() -> None:

@@ -1,0 +1,215 @@
+"""A signal handler that raises in the caller, Ctrl-C's above all, at every moment at which Python lets it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+
+import pool_tasks as tasks
+import pytest
+from support import wait_until
+
+import tpool
+from tpool.waiting import Flag, Monitor, uninterrupted
+
+DEADLINE = 30
+
+
+class AlarmError(Exception):
+    """What the signal handler raises."""
+
+
+def interrupt(operation: Callable[[], object], moment: int) -> str | None:
+    """Run this and raise when it has come so far; returns where that was, None if it ended before.
+
+    Signals are handled where a function of Python begins, where one of C has returned and at the end of a loop; a
+    profile function is told of the first two, in this thread only, and may raise.
+    """
+    place: str | None = None
+    seen = 0
+
+    def profile(frame, event, arg):
+        nonlocal place, seen
+        if event == "c_call" or begins_a_thread(frame):
+            return
+        seen += 1
+        if seen == moment:
+            sys.setprofile(None)
+            place = f"moment {moment}, {event} in {frame.f_code.co_name}, line {frame.f_lineno}"
+            raise AlarmError
+
+    sys.setprofile(profile)
+    try:
+        operation()
+    except AlarmError:
+        pass
+    except Exception as error:
+        if not isinstance(error.__cause__, AlarmError):  # that of a result which was being unpickled
+            raise
+    finally:
+        sys.setprofile(None)
+    return place
+
+
+def begins_a_thread(frame) -> bool:
+    """Whether the standard library starts a thread, which may hang if that is interrupted; nobody waits for it."""
+    while frame is not None:
+        if frame.f_code is threading.Thread.start.__code__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+@pytest.fixture(autouse=True)
+def _quiet_finalizers(monkeypatch):
+    # An exception in a finalizer is printed and lost.
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
+
+
+# The pool ----------------------------------------------------------------------------------------------------------
+
+OPERATIONS = {
+    "map": lambda pool: pool.map(tasks.identity, range(50)),
+    "apply": lambda pool: pool.apply(tasks.identity, (1,)),
+    "apply_async": lambda pool: pool.apply_async(tasks.identity, (1,)).get(DEADLINE),
+    "imap": lambda pool: list(pool.imap(tasks.identity, range(8))),
+    "imap_unordered": lambda pool: list(pool.imap_unordered(tasks.identity, range(8), chunksize=3)),
+    "cancel": lambda pool: pool.map_async(tasks.identity, range(10)).cancel(),
+    "progress": lambda pool: pool.map(tasks.identity, range(4), progress=lambda shown: None),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_interrupt_at_any_moment_leaves_the_pool_whole(name):
+    # A lock that stays taken hangs the pool; a job that is never sealed keeps join from ever returning.
+    with tpool.Pool(2) as pool:
+        pool.map(tasks.identity, range(10))
+        moment, place = 1, "the beginning"
+        while place is not None:
+            place = interrupt(lambda: OPERATIONS[name](pool), moment)
+            assert pool.apply_async(tasks.identity, (moment,)).get(DEADLINE) == moment, place
+            moment += 1
+        assert moment > 100
+        pool.close()
+        pool.join(DEADLINE)
+
+
+def test_an_interrupt_at_any_moment_of_its_end_leaves_a_pool_that_ends():
+    def end():
+        pool.close()
+        pool.join(DEADLINE)
+
+    moment, place = 1, "the beginning"
+    while place is not None:
+        pool = tpool.Pool(1)
+        pool.apply(tasks.identity, (1,))
+        place = interrupt(end, moment)
+        pool.terminate()
+        pool.join(DEADLINE)
+        moment += 1
+    assert moment > 20
+
+
+# The parts ---------------------------------------------------------------------------------------------------------
+
+
+WAITS = {
+    "came true": lambda monitor: monitor.wait_for(lambda: True),
+    "in vain": lambda monitor: monitor.wait_for(lambda: False, 0.001),
+    "too late": lambda monitor: monitor.wait_for(lambda: False, 0.0),
+    "the next": lambda monitor: monitor.wait(0.001),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_an_interrupt_at_any_moment_of_waiting_leaves_the_lock_free(name):
+    monitor = Monitor()
+    moment, place = 1, "the beginning"
+    while place is not None:
+        place = interrupt(lambda: WAITS[name](monitor), moment)
+        assert in_thread(lambda: monitor.acquire(timeout=DEADLINE) and not monitor.release()), place
+        moment += 1
+    assert moment > 3
+
+
+def test_monitor_wakes_all_who_wait_for_what_came_true():
+    monitor, known = Monitor(), []
+    threads = [threading.Thread(target=monitor.wait_for, args=(lambda: known, DEADLINE)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for wake in (False, True):  # one too many first
+        with monitor:
+            if wake:
+                known.append(1)
+            monitor.notify_all()
+    for thread in threads:
+        thread.join(DEADLINE)
+        assert not thread.is_alive()
+    assert monitor.wait_for(lambda: known) == [1]
+
+
+def test_monitor_forgets_who_waited_in_vain():
+    monitor = Monitor()
+    assert monitor.wait_for(lambda: 0, timeout=0.001) == 0
+    monitor.wait(0.001)
+    assert not monitor._sleepers
+
+
+def test_flag_is_set_once_for_all():
+    flag = Flag()
+    assert not flag.is_set()
+    assert not flag.wait(0.0)
+    assert in_thread(flag.set) is None
+    assert flag.wait(DEADLINE)
+    assert flag.is_set()
+    assert flag.wait()
+
+
+def test_what_is_uninterrupted_runs_to_its_end_though_nobody_waits():
+    begun, go, made = Flag(), Flag(), Flag()
+    dropped: list[str] = []
+
+    def make():
+        begun.set()
+        go.wait(DEADLINE)
+        made.set()
+        return "value"
+
+    def raise_alarm(signum, frame):
+        raise AlarmError
+
+    before = signal.signal(signal.SIGUSR1, raise_alarm)
+    try:
+        interrupter = threading.Thread(
+            target=lambda: begun.wait(DEADLINE) and os.kill(os.getpid(), signal.SIGUSR1)  # type: ignore[func-returns-value]
+        )
+        interrupter.start()
+        with pytest.raises(AlarmError):
+            uninterrupted(make, dropped.append)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert not made.is_set()
+    go.set()
+    assert made.wait(DEADLINE)
+    wait_until(lambda: dropped == ["value"], DEADLINE)
+    interrupter.join(DEADLINE)
+
+
+def test_what_is_uninterrupted_returns_and_raises_as_ever():
+    assert uninterrupted(threading.current_thread, print) is not threading.main_thread()
+    with pytest.raises(KeyError, match="missing"):
+        uninterrupted(lambda: {}["missing"], print)
+    assert in_thread(lambda: uninterrupted(threading.get_ident, print) == threading.get_ident())
+
+
+def in_thread(call: Callable[[], object]) -> object:
+    """What a call in another thread returns; fails if it hangs."""
+    values: list[object] = []
+    thread = threading.Thread(target=lambda: values.append(call()), daemon=True)
+    thread.start()
+    thread.join(DEADLINE)
+    assert not thread.is_alive()
+    return values.pop()
