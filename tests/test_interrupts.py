@@ -169,7 +169,7 @@ def test_flag_is_set_once_for_all():
 
 
 def test_what_is_uninterrupted_runs_to_its_end_though_nobody_waits():
-    begun, go, made = Flag(), Flag(), Flag()
+    begun, raised, go, made = Flag(), Flag(), Flag(), Flag()
     dropped: list[str] = []
 
     def make():
@@ -179,23 +179,29 @@ def test_what_is_uninterrupted_runs_to_its_end_though_nobody_waits():
         return "value"
 
     def raise_alarm(signum, frame):
-        raise AlarmError
+        if not raised.is_set():
+            raised.set()
+            raise AlarmError
+
+    def interrupt_main_thread():
+        # More than once: a signal that comes just before a thread sleeps on a lock does not wake it.
+        begun.wait(DEADLINE)
+        while not raised.wait(0.01):
+            os.kill(os.getpid(), signal.SIGUSR1)
 
     before = signal.signal(signal.SIGUSR1, raise_alarm)
     try:
-        interrupter = threading.Thread(
-            target=lambda: begun.wait(DEADLINE) and os.kill(os.getpid(), signal.SIGUSR1)  # type: ignore[func-returns-value]
-        )
+        interrupter = threading.Thread(target=interrupt_main_thread)
         interrupter.start()
         with pytest.raises(AlarmError):
             uninterrupted(make, dropped.append)
+        interrupter.join(DEADLINE)
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert not made.is_set()
     go.set()
     assert made.wait(DEADLINE)
     wait_until(lambda: dropped == ["value"], DEADLINE)
-    interrupter.join(DEADLINE)
 
 
 def test_what_is_uninterrupted_returns_and_raises_as_ever():
