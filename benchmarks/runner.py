@@ -63,7 +63,7 @@ Step = Callable[[str, PoolRun], None]
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Run everything.
+    """Run everything; after a Ctrl-C the rest is left out.
 
     Returns:
         The results, ready for JSON: ``machine``, ``limits``, ``pools``, ``cases``, ``left_out``, ``options``,
@@ -86,6 +86,9 @@ def run(options: Options) -> dict[str, Any]:
                 continue
             _say(case.name)
             cases[case.name] = CaseRun(case, options, fleet, begun + options.budget).run()
+    except KeyboardInterrupt:  # half an hour of measuring must not be lost
+        _say("interrupted: the cases that were finished are kept")
+        left_out = [case.name for case in options.cases if case.name not in cases]
     finally:
         fleet.stop()
     if measured and not options.quick:

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("numpy")
 
 from benchmarks import __main__ as command
-from benchmarks import micro_steps, plots, report, stats
+from benchmarks import micro_steps, plots, report, runner, stats
 from benchmarks.cases import CASES
 from benchmarks.cases.tasks import best_in_order
 from benchmarks.peers import PEERS
@@ -41,6 +41,22 @@ def test_two_tiny_cases_run_with_multiprocessing(tmp_path):
     text = report.markdown(results)
     assert "tensor-4KB-both" in text
     assert "not measured" in text  # tpool's targets: it was not in the run
+
+
+def test_after_an_interrupt_the_finished_cases_are_kept(tmp_path, monkeypatch):
+    outcomes = iter([{"pools": {}}, KeyboardInterrupt()])
+
+    def play(case_run):
+        if isinstance(outcome := next(outcomes), BaseException):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(runner.CaseRun, "run", play)
+    cases = [CASES["tensor-4KB-both"], CASES["noop-imap"], CASES["apply"]]
+    results = run(Options(cases=cases, pools=[], quick=True, out=tmp_path, with_limits=False))
+
+    assert list(results["cases"]) == ["tensor-4KB-both"]
+    assert results["left_out"] == ["noop-imap", "apply"]
 
 
 def test_a_driver_that_does_not_answer_in_time_is_killed(tmp_path):
