@@ -11,6 +11,15 @@ from benchmarks.stats import median, paired_ratios
 from benchmarks.verdicts import Results, times
 
 
+# matplotlib's own without the red, which is tpool's, and more of them.
+_COLORS = [
+    *(f"tab:{color}" for color in ("blue", "orange", "green", "purple", "brown", "pink", "gray", "olive", "cyan")),
+    "navy",
+    "gold",
+    "teal",
+]
+
+
 def draw(results: Results, out: Path) -> list[Path]:
     """Draw what the results have data for.
 
@@ -26,6 +35,7 @@ def draw(results: Results, out: Path) -> list[Path]:
     drawn = []
     for name, plot in _PLOTS.items():
         figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+        axes.set_prop_cycle(color=_COLORS)
         if plot(results, axes):
             axes.legend(fontsize="small")
             path = out / f"{name}.svg"
