@@ -235,5 +235,7 @@ def _failures(results: Results) -> str:
         if run["status"] != "ok"
     ]
     if results["left_out"]:
-        lines.append(f"- left out, because the time was up: {', '.join(results['left_out'])}")
+        lines.append(
+            f"- left out, because the time was up or the run was interrupted: {', '.join(results['left_out'])}"
+        )
     return "## Failures and gaps\n\n" + "\n".join(lines) if lines else ""
