@@ -10,7 +10,6 @@ from typing import Any
 from benchmarks.stats import median, paired_ratios
 from benchmarks.verdicts import Results, times
 
-
 # matplotlib's own without the red, which is tpool's, and more of them.
 _COLORS = [
     *(f"tab:{color}" for color in ("blue", "orange", "green", "purple", "brown", "pink", "gray", "olive", "cyan")),

@@ -108,6 +108,8 @@ class Callbacks:
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._ended = False
+        # Whoever called prepare may be interrupted before the thread has begun: that one may never run.
+        self._started = False
         # Nobody waits for calls any more. Set before a last look at the queue, read after adding to it: whatever is
         # added is seen by one of the two.
         self._gone = False
@@ -115,13 +117,10 @@ class Callbacks:
     def prepare(self) -> None:
         """Start the thread; called by whoever submits a call that has callbacks."""
         with self._lock:
-            if not (self._ended or self._has_started()):
+            if not (self._ended or self._started):
                 self._thread = threading.Thread(target=self._run, name=f"{self._name}-callbacks", daemon=True)
                 self._thread.start()
-
-    def _has_started(self) -> bool:
-        # Whoever called prepare may have been interrupted before the thread began.
-        return self._thread is not None and self._thread.ident is not None
+                self._started = True
 
     def post(self, call: Callable[[], None]) -> None:
         """Have the thread make this call; from any thread, never blocks on another.
@@ -137,7 +136,7 @@ class Callbacks:
         """The thread ends when it has made the calls that were posted before."""
         with self._lock:
             self._ended = True
-            self._gone = not self._has_started()
+            self._gone = not self._started
         self._queue.put(None)
 
     def is_current(self) -> bool:
@@ -147,7 +146,7 @@ class Callbacks:
     def join(self, timeout: float | None) -> bool:
         """Wait until all posted calls were made; returns whether they were."""
         thread = self._thread
-        if thread is None or not self._has_started() or thread is threading.current_thread():
+        if thread is None or not self._started or thread is threading.current_thread():
             return True
         thread.join(timeout)
         return not thread.is_alive()
@@ -156,6 +155,7 @@ class Callbacks:
         with self._lock:
             if not self.is_current():  # it was taken for one that would never begin
                 return
+            self._started = True
         while (call := self._queue.get()) is not None:
             self._make(call)
             del call  # it holds the result

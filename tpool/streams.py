@@ -26,7 +26,7 @@ class Stream:
 
     Shared data: ``_by_index`` and ``_as_arrived`` are written by the handler (and the feeder, for items that cannot be
     sent) and emptied by consumers, each in one atomic step; ``consumed`` is written by consumers. ``_news`` is for
-    waiting: a consumer counts itself before it looks again, the handler adds before it looks at that count.
+    waiting: a consumer notes that before it looks again, the handler adds before it looks who waits.
 
     Args:
         story: what it is, for messages.
@@ -54,7 +54,7 @@ class Stream:
         self._over = False  # its end was told
         self._end: Failure | SharedFailure | None = None
         self._news = Monitor()
-        self._consumers_waiting = 0
+        self._waiting: dict[object, None] = {}  # a token for each consumer; no call, so no interrupt, to add one
         self._bells: list[Bell] = []  # of consumers that are coroutines
         self._told = False  # they were woken and have not looked yet; one wake-up serves many results
 
@@ -84,7 +84,7 @@ class Stream:
             bell = Bell()
             with self._news:
                 self._bells.append(bell)
-                self._consumers_waiting += 1
+                self._waiting[bell] = None
                 self._told = False  # before looking, as in _wait
             try:
                 result = self._pop() or self._last()
@@ -100,12 +100,14 @@ class Stream:
 
     def _forget_bell(self, bell: Bell) -> None:
         with self._news:
-            self._consumers_waiting -= 1
+            self._waiting.pop(bell, None)
             if bell in self._bells:
                 self._bells.remove(bell)
 
     def _count(self) -> None:
         self.consumed += 1
+        if self._waiting and self.consumed == self._length:
+            self._notify()  # another consumer may have looked after we took the last and before we said so
         if self.consumed >= self.feeder_waits_below >= 0:
             self.feeder_waits_below = -1
             self.room.put(None)
@@ -122,13 +124,12 @@ class Stream:
             return None
 
     def _wait(self, timeout: float | None) -> Result:
-        with self._news:
-            self._consumers_waiting += 1
+        token = object()
         try:
+            self._waiting[token] = None
             result = self._news.wait_for(self._look, timeout)
         finally:
-            with self._news:
-                self._consumers_waiting -= 1
+            self._waiting.pop(token, None)
         if result is None:
             raise multiprocessing.TimeoutError
         return result
@@ -166,7 +167,7 @@ class Stream:
             self._by_index[index] = result
         else:
             self._as_arrived.append(result)
-        if self._consumers_waiting and not self._told:
+        if self._waiting and not self._told:
             self._notify()
 
     def set_length(self, length: int) -> None:
@@ -186,7 +187,7 @@ class Stream:
 
     def may_take(self) -> bool:
         """Whether the consumer is busy, with results perhaps that it will drop, and not waiting for the next one."""
-        return not self._consumers_waiting
+        return not self._waiting
 
     def awaits_earlier(self) -> bool:
         """See Sink."""

@@ -3,8 +3,12 @@
 ``with threading.Condition()`` runs Python code between taking its lock and the body, and between the body and giving
 the lock back. A signal handler that raises just there leaves the lock taken for ever; the next to want it, our
 handler's thread, would hang, and all with it (seen: one interrupt of some thousands). ``threading.Event`` is made of
-one. A lock of C has no such moment: the interpreter looks for signals between calls of Python code, and ``with`` makes
-none. So these two are built on such a lock, which is never held by who sleeps.
+one. With a lock of C there is no such moment: CPython 3.10 to 3.13 looks for signals where a function begins, after
+calls and at the end of a loop, but not between taking the lock and the body. So these two are built on such a lock;
+and nobody holds it who waits, or looks for what is waited for.
+
+What is left is the standard library's: ``concurrent.futures.wait`` may be interrupted while it takes the locks of its
+futures, and ``threading.Thread.start`` while it waits for the thread to begin.
 """
 
 from __future__ import annotations
@@ -20,10 +24,13 @@ T = TypeVar("T")
 
 
 class Monitor(RLock):  # type: ignore[misc]  # the type stub says final; it is not, in CPython 3.10 to 3.14
-    """A lock, and waiting for what it guards to change.
+    """A lock for those who change something, and waiting for it to change.
 
     ``with monitor:`` takes and gives back; reentrant, so that a signal handler may use what its thread was using. In
     place of a ``threading.Condition`` for ``concurrent.futures.wait`` and ``as_completed``, which only take it.
+
+    Shared data: ``_sleepers`` is changed in atomic steps. Who waits stands in it before looking, and who changes
+    something does so before going through it: one of the two always notices.
     """
 
     __slots__ = ("_sleepers",)
@@ -32,16 +39,16 @@ class Monitor(RLock):  # type: ignore[misc]  # the type stub says final; it is n
         self._sleepers: list[LockType] = []  # each taken, and released by who wakes its owner
 
     def notify_all(self) -> None:
-        """Have all who wait look again. The lock is held."""
-        sleepers = self._sleepers
-        while sleepers:
-            sleepers.pop().release()
+        """Have all who wait look again; after the change. The lock is held."""
+        for sleeper in list(self._sleepers):
+            with contextlib.suppress(RuntimeError):  # released before, and its owner has not gone yet
+                sleeper.release()
 
     def wait_for(self, look: Callable[[], T], timeout: float | None = None) -> T:
-        """Wait until ``look()`` is true or the time is over. The lock must not be held; it is while ``look`` runs.
+        """Wait until ``look()`` is true or the time is over. The lock must not be held.
 
         Args:
-            look: what to wait for; what it raises ends the waiting.
+            look: what to wait for; the lock is not held for it. What it raises ends the waiting.
             timeout: seconds; None waits for as long as it takes.
 
         Returns:
@@ -49,41 +56,38 @@ class Monitor(RLock):  # type: ignore[misc]  # the type stub says final; it is n
         """
         deadline = None if timeout is None else monotonic() + timeout
         while True:
-            with self:
+            sleeper = allocate_lock()
+            sleeper.acquire()
+            try:
+                self._sleepers.append(sleeper)
                 found = look()
                 if found:
                     return found
-                sleeper = self._add_sleeper()
-            remaining = None if deadline is None else max(0.0, deadline - monotonic())
-            if not self._sleep(sleeper, remaining):
-                with self:
+                remaining = -1.0 if deadline is None else max(0.0, deadline - monotonic())
+                if not sleeper.acquire(True, remaining):
                     return look()
+            finally:
+                self._forget(sleeper)
 
     def wait(self, timeout: float) -> None:
         """Wait for the next ``notify_all``, so many seconds at most. The lock must not be held."""
-        with self:
-            sleeper = self._add_sleeper()
-        self._sleep(sleeper, timeout)
-
-    def _add_sleeper(self) -> LockType:
         sleeper = allocate_lock()
         sleeper.acquire()
-        self._sleepers.append(sleeper)
-        return sleeper
+        try:
+            self._sleepers.append(sleeper)
+            sleeper.acquire(True, timeout)
+        finally:
+            self._forget(sleeper)
 
-    def _sleep(self, sleeper: LockType, timeout: float | None) -> bool:
-        if sleeper.acquire(True, -1 if timeout is None else timeout):
-            return True
-        with self:
-            if sleeper in self._sleepers:
-                self._sleepers.remove(sleeper)
-        return False
+    def _forget(self, sleeper: LockType) -> None:
+        with contextlib.suppress(ValueError):  # interrupted before it stood there
+            self._sleepers.remove(sleeper)
 
 
 def uninterrupted(call: Callable[[], T], drop: Callable[[T], object]) -> T:
     """Make a call that no signal handler may leave half done: in a thread of its own, as handlers run in the main one.
 
-    An interrupt ends the waiting; the call is made to its end.
+    An interrupt ends the waiting; the call, once begun, is made to its end.
 
     Args:
         call: what to do.
