@@ -119,11 +119,13 @@ def test_items_that_cannot_be_sent_take_nothing_of_the_budget(pool):
             yield threading.Lock() if drawn % 10 else torch.zeros(250_000)
 
     iterator = pool.imap(tasks.discard, items(), buffersize=64, buffer_nbytes="10MB")
-    for _ in range(200):
+    # Always far behind, or nothing would be left over. The feeder sleeps at 64 drawn, and wakes at a quarter free.
+    for consumed in range(200):
+        if consumed % 17 == 0:
+            full = consumed + 64
+            wait_until(lambda: drawn >= full, DEADLINE, "the window is full, as only seven of them are tensors")
         with contextlib.suppress(TypeError):
             next(iterator)
-    # The feeder sleeps when 64 are drawn and wakes when 16 of them were consumed, so it may stop anywhere between.
-    wait_until(lambda: drawn - 200 > 64 - 16, DEADLINE, "the window is full, as only six or seven of them are tensors")
     del iterator
 
 
