@@ -361,7 +361,8 @@ class Handler:
 
     def _finish(self, action: FinishJob) -> None:
         self.engine.forget_job(action.job)
-        if (sink := self.sinks.pop(action.job, None)) is not None:  # else it was withdrawn before
+        sink = self.sinks.pop(action.job, None)
+        if sink is not None:  # else it was withdrawn: never opened, or finished before
             sink.finish()
 
     def _end(self, action: EndPool) -> None:

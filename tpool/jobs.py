@@ -30,7 +30,7 @@ class JobBook:
         self._dispatcher = dispatcher
         self._jobs: dict[JobId, Job] = {}
         # Cancelled before they were sealed: the feeder may not know yet. It still has to seal them, which ends their
-        # stay here, finished or not.
+        # stay here, finished or not; so does withdrawing them.
         self._unheeded: set[JobId] = set()
 
     def __bool__(self) -> bool:

@@ -23,7 +23,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-class Monitor(RLock):  # type: ignore[misc]  # the type stub says final; it is not, in CPython 3.10 to 3.14
+class Monitor(RLock):  # type: ignore[misc]  # the type stub says final; it is not, in CPython 3.10 to 3.13
     """A lock for those who change something, and waiting for it to change.
 
     ``with monitor:`` takes and gives back; reentrant, so that a signal handler may use what its thread was using. In
