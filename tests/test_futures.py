@@ -449,3 +449,21 @@ def test_an_executor_of_a_closed_pool_is_refused():
     with pytest.raises(tpool.PoolEndedError):
         pool.executor()
     pool.join()
+
+
+def test_callbacks_are_made_though_the_first_start_of_their_thread_was_interrupted(monkeypatch):
+    callbacks = Callbacks("interrupted")
+
+    def interrupted(thread):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            callbacks.prepare()
+    callbacks.prepare()
+    called = threading.Event()
+    callbacks.post(called.set)
+    assert called.wait(DEADLINE)
+    callbacks.end()
+    assert callbacks.join(DEADLINE)
