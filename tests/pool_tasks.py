@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import logging
 import multiprocessing
@@ -423,6 +424,44 @@ def sleep_for_long(batch):
 def tell_pid_and_spin_in_c(path):
     Path(path).write_text(str(os.getpid()))
     sum(range(1 << 60))
+
+
+def lock_twice_in_c(path):
+    """Wait for ever in a call that goes on waiting after a signal, without the interpreter's lock."""
+    mutex = ctypes.create_string_buffer(64)
+    libc = ctypes.CDLL(None)
+    libc.pthread_mutex_lock(mutex)
+    Path(path).write_text(str(os.getpid()))
+    libc.pthread_mutex_lock(mutex)
+
+
+def same(number):
+    return number
+
+
+def call_functions(gate):
+    while not os.path.exists(gate):
+        for _ in range(1000):
+            sum(map(same, range(10)))
+
+
+def call_functions_in_threads(gate):
+    while not os.path.exists(gate):
+        threads = [start_thread(functools.partial(sum, map(same, range(1000)))) for _ in range(3)]
+        for thread in threads:
+            thread.join()
+
+
+def work_in_c_and_python(gate):
+    while not os.path.exists(gate):
+        sum(range(10_000_000))  # some tenths of a second
+        for _ in range(1000):
+            sum(map(same, range(10)))
+
+
+def wait_beside_a_thread(gate):
+    thread = start_thread(functools.partial(wait_for_file, gate))
+    thread.join()
 
 
 def tell_pid_and_wait(path, gate):
