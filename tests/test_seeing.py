@@ -73,8 +73,8 @@ def test_asking_kills_nobody(busy, tmp_path):
 
 def test_a_thread_beside_the_main_one_is_told(pool, tmp_path):
     result = pool.submit(tasks.wait_beside_a_thread, str(tmp_path / "gate"))
-    page = wait_until(lambda: "in wait_beside_a_thread" in (page := pool.report()) and page, DEADLINE)
-    assert "in wait_for_file" in page
+    page = wait_until(lambda: "in wait_for_file" in (page := pool.report()) and page, DEADLINE)
+    assert "in wait_beside_a_thread" in page
     (tmp_path / "gate").touch()
     result.result(DEADLINE)
 
