@@ -13,6 +13,7 @@ import threading
 import time
 import warnings
 import zlib
+from pathlib import Path
 
 from . import procs
 from .script import SLACK, Env, Role, case, main, mark, nap, role, square
@@ -136,13 +137,46 @@ def ends_in_with(env: Env):
         raise RuntimeError("the program failed")
 
 
+class Starvation:
+    """How long a process's main thread, while this is entered, was ready to run and had no CPU: other tests' doing.
+
+    See proc(5), ``schedstat``. It is read until the process is gone, so the last hundredth of a second may be missing.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.seconds = 0.0
+        self._path = Path(f"/proc/{pid}/schedstat")
+        self._before = self._read()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _read(self) -> float:
+        return int(self._path.read_text().split()[1]) / 1e9
+
+    def _watch(self) -> None:
+        with contextlib.suppress(OSError, IndexError):  # it is gone
+            while not self._over.wait(0.01):
+                self.seconds = max(self.seconds, self._read() - self._before)
+
+    def __enter__(self) -> Starvation:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+
 def ends_well(env: Env, name, status, tracebacks, seconds=1.0):
     started = ready(env, name)
     when = env.marks("ready")[0].when
-    got = started.wait(20)
-    took = time.monotonic() - when
+    with Starvation(started.pid) as starved:
+        got = started.wait(20)
+        took = time.monotonic() - when
     unwound = env.marks("unwound")[0].when - when
-    env.note(f"the pool ended {unwound:.2f} s later, the interpreter {took:.2f} s")
+    env.note(
+        f"the pool ended {unwound:.2f} s later, the interpreter {took:.2f} s, {starved.seconds:.2f} s without a CPU"
+    )
     printed = started.stderr()
     assert got == status, f"status {got}: {printed[-300:]}"
     assert printed.count("Traceback (most recent") == tracebacks, printed
@@ -150,6 +184,7 @@ def ends_well(env: Env, name, status, tracebacks, seconds=1.0):
     started.assert_all_gone()
     assert unwound < seconds * SLACK, f"the pool took {unwound:.1f} s to end"
     # Most of it is torch's: an interpreter that has imported it takes 0.7 s to end, without any pool.
+    took -= starved.seconds
     assert took < seconds * SLACK, f"the interpreter took {took:.1f} s to end"
 
 
