@@ -35,9 +35,10 @@ class Seen(Calls):
     def report(self, *, stacks: bool = True) -> str:
         """Who runs what, since when, and where in its code: a page of text that tells why a pool hangs.
 
-        A worker tells the Python stacks of its threads and goes on as if nothing had been; one that is stuck in C
-        code tells its main thread's, by ``faulthandler``. One that is stopped, or not yet started, cannot answer:
-        the page says so. What stands there is true of the moment in which it was read. From any thread.
+        A worker tells the Python stacks of its threads and goes on; one that is stuck in C code tells its main
+        thread's, by ``faulthandler``. It is asked by a signal, which C code may notice as an interrupted system call.
+        One that is stopped, or not yet started, cannot answer: the page says so. What stands there is true of the
+        moment in which it was read. From any thread.
 
         >>> with tpool.Pool(1) as pool:
         ...     result = pool.submit(time.sleep, 60)

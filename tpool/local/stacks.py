@@ -16,6 +16,7 @@ The signals are real-time ones: nobody else uses these.
 from __future__ import annotations
 
 import contextlib
+import errno
 import faulthandler
 import functools
 import os
@@ -51,6 +52,8 @@ _ANSWER_NBYTES = 1 << 15
 
 _DEPTH = 100
 """So many calls are told of each thread, the innermost ones; faulthandler has the same number."""
+
+PIDFD_SIGNAL_THREAD = 1  # pidfd_send_signal(2)
 
 _READ_NBYTES = 1 << 16
 _ANSWER = re.compile(rb"^process (\d+)\n(.*?)^end of process \1\n", re.MULTILINE | re.DOTALL)
@@ -113,7 +116,7 @@ class Stacks:
             elif monotonic() >= patient_until:
                 patient_until += PATIENCE_SECONDS
                 if not main.has(IN_PYTHON) and main.moved_or_sleeps(before):
-                    signal.pidfd_send_signal(pidfd, IN_C)
+                    _signal_main_thread(pidfd, IN_C)
                     told_in_c = True
         return None
 
@@ -160,6 +163,16 @@ class _MainThread(NamedTuple):
         return self.state in ("S", "D") or self.ticks > before.ticks + 1
 
 
+def _signal_main_thread(pidfd: int, number: int) -> None:
+    """Before Linux 6.9 Linux chooses the thread: the main one, unless another signal waits for that one."""
+    try:
+        signal.pidfd_send_signal(pidfd, number, None, PIDFD_SIGNAL_THREAD)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        signal.pidfd_send_signal(pidfd, number)
+
+
 def _answer_in_python(text: bytes, pid: int) -> str | None:
     return next((_decode(found[2]) for found in _ANSWER.finditer(text) if int(found[1]) == pid), None)
 
@@ -180,7 +193,10 @@ def tell_on_signal(fd: int) -> None:
 
 
 def _tell(fd: int, number: int, interrupted: FrameType | None) -> None:
-    """Runs in the middle of whatever the main thread does: it must not raise, wait or take a lock."""
+    """Runs in the middle of whatever the main thread does: it must not raise, wait or take a lock.
+
+    It does raise where it cannot even be called: a task that is one call below the recursion limit.
+    """
     with contextlib.suppress(Exception):
         pid, ours = os.getpid(), threading.get_ident()
         others = [(f"Thread {ident:#018x}", top) for ident, top in sys._current_frames().items() if ident != ours]
