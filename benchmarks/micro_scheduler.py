@@ -11,18 +11,17 @@ import heapq
 from time import perf_counter
 
 from tpool.messages import (
-    JobId,
     JobOpened,
     JobSealed,
     ResolveTasks,
     SendTasks,
     StartWorker,
-    Task,
     TasksFinished,
     TasksSubmitted,
     WorkerBecameReady,
 )
 from tpool.scheduler import Scheduler
+from tpool.task import JobId, Task
 
 
 class Simulation:

@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import numpy
@@ -620,3 +621,85 @@ def reserve_on_gpu(nbytes):
 
 def make_on(device):
     return torch.ones(3, device=device)
+
+
+def keep_values(values):
+    kept[:] = values
+
+
+def kept_value(number):
+    return None if number is None else kept[number % len(kept)]
+
+
+def nan_of(_):
+    return float("nan")
+
+
+def die_if_in(item):
+    number, fatal = item
+    if fatal:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def meet_if_told(paths):
+    """Show oneself at the one path and wait for somebody at the other."""
+    if paths is not None:
+        mine, theirs = paths
+        Path(mine).touch()
+        wait_for_file(theirs)
+    return paths
+
+
+def fork_if_told(item):
+    number, told = item
+    if told:
+        child = os.fork()
+        if child:
+            os.waitpid(child, 0)
+    return number
+
+
+def append_and_tell(numbers):
+    numbers.append(0)
+    return numbers
+
+
+class UnpicklesBadly:
+    def __call__(self, item):
+        return item
+
+    def __reduce__(self):
+        return (raise_if_odd, (1,))
+
+
+class Made:
+    pass
+
+
+def make_or_look_for_the_last(number):
+    """An object, for an even number; whether it is gone, for the next one."""
+    if number % 2:
+        return kept.pop()() is None
+    made = Made()
+    kept.append(weakref.ref(made))
+    return made
+
+
+def fork_in_c_if_told(item):
+    number, told = item
+    if told:
+        child = ctypes.PyDLL(None).fork()
+        if child:
+            os.waitpid(child, 0)
+    return number
+
+
+SOON_SECONDS = 50e-6
+
+
+def raise_soon(_):
+    end = time.perf_counter() + SOON_SECONDS
+    while time.perf_counter() < end:
+        pass
+    raise ValueError("soon")

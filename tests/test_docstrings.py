@@ -48,7 +48,17 @@ def methods(cls: type) -> Iterator[tuple[str, Any]]:
 
 NAMES = {name: (found, cls) for name, found, cls in public_names()}
 # Methods that the pool's other half calls; public for it and not for users.
-SINK = {"resolve", "drop", "finish", "has_consumable", "awaits_earlier", "lift_back_pressure", "abandon", "expect"}
+SINK = {
+    "resolve",
+    "resolve_run",
+    "drop",
+    "finish",
+    "has_consumable",
+    "awaits_earlier",
+    "lift_back_pressure",
+    "abandon",
+    "expect",
+}
 CALLABLES = sorted(
     name for name, (found, _) in NAMES.items() if inspect.isroutine(found) and name.rpartition(".")[2] not in SINK
 )

@@ -16,21 +16,19 @@ from tpool.local.engine import LocalEngine
 from tpool.local.setup import Settings
 from tpool.local.wire import Mode
 from tpool.messages import (
-    JobId,
     KillWorker,
     RecallSettled,
     RecallTasks,
     RetireWorker,
+    RunFinished,
     SendTasks,
-    Slot,
     StartWorker,
-    Task,
     TasksFinished,
     TasksRecalled,
     WorkerBecameReady,
     WorkerExited,
-    WorkerId,
 )
+from tpool.task import JobId, Slot, Task, WorkerId
 
 DEADLINE = 60.0
 
@@ -53,6 +51,14 @@ MAKERS = [
     pytest.param(local_engine, id="local"),
     pytest.param(ray_engine, id="ray", marks=[pytest.mark.ray, pytest.mark.leaves(REASON)]),
 ]
+
+
+def results_of(event: Any) -> list[Any]:
+    """(job, index, result, seconds) of each of its results."""
+    if isinstance(event, RunFinished):
+        seconds = event.seconds / len(event.results)
+        return [(event.job, index, result, seconds) for index, result in enumerate(event.results, event.index)]
+    return event.results if isinstance(event, TasksFinished) else []
 
 
 class Stage:
@@ -83,7 +89,7 @@ class Stage:
         """(index, value) of so many results, in the order in which they came."""
 
         def seen() -> list[Any]:
-            return [result for event in self.events if isinstance(event, TasksFinished) for result in event.results]
+            return [result for event in self.events for result in results_of(event)]
 
         end = time.monotonic() + DEADLINE
         while len(seen()) < count:
@@ -151,7 +157,7 @@ def test_tasks_are_taken_back_and_a_kill_loses_what_runs(stage: Stage, tmp_path:
     assert isinstance(exited.cause, WorkerLoss)
     assert exited.unstarted in (0, 1)
     assert exited.sent == 5
-    assert not [event for event in stage.events[before:] if isinstance(event, TasksFinished)]
+    assert not [event for event in stage.events[before:] if results_of(event)]
 
 
 def test_wake_ends_a_wait(stage: Stage) -> None:

@@ -25,6 +25,15 @@ def ends() -> Iterator[tuple[Outbox, Outbox]]:
     outboxes.close()
 
 
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(1 << 63), (1 << 63) - 1),
+    st.sampled_from([-(1 << 63), (1 << 63) - 1, 0, 1]),
+    st.floats(allow_nan=False),
+)
+
+
 class OutboxMachine(RuleBasedStateMachine):
     """A worker that answers through its outbox and by socket, and a parent that hears of both in any order."""
 
@@ -33,6 +42,7 @@ class OutboxMachine(RuleBasedStateMachine):
         self.outboxes = Outboxes.create(1)
         self.worker, self.parent = self.outboxes.outbox(0), self.outboxes.outbox(0)
         self.socket: deque[tuple[int, int]] = deque()  # number of the result, entries before it
+        self.values: dict[int, tuple[object]] = {}
         self.next = 0
         self.expected = 0
 
@@ -51,6 +61,19 @@ class OutboxMachine(RuleBasedStateMachine):
                 self.reply()
             else:
                 self.next += 1
+
+    @rule(values=st.lists(VALUES, min_size=1, max_size=100))
+    def answer_with_values(self, values: list[object]) -> None:
+        for value in values:
+            if not self.worker.put_value(7, self.next, 0.5, value):
+                self.reply()
+            else:
+                self.values[self.next] = (value,)
+                self.next += 1
+
+    @rule(value=VALUES, count=st.integers(1, 100))
+    def answer_alike(self, value: object, count: int) -> None:
+        self.answer_with_values([value] * count)
 
     @rule()
     def reply(self) -> None:
@@ -72,11 +95,17 @@ class OutboxMachine(RuleBasedStateMachine):
         self.parent.replies += 1
         self.expected += 1
 
-    def check(self, entries: list[module.Entry]) -> None:
-        for job, index, seconds, data in entries:
-            assert (job, index, seconds) == (7, self.expected, 0.5)
-            assert data[:8] == struct.pack("<Q", index)
-            self.expected += 1
+    def check(self, runs: list[module.Run]) -> None:
+        for job, first, results, times, are_values in runs:
+            assert (job, first, list(times)) == (7, self.expected, [0.5] * len(results))
+            for result in results:
+                expected = self.values.pop(self.expected, None)
+                assert are_values == (expected is not None)
+                if expected is None:
+                    assert result[:8] == struct.pack("<Q", self.expected)
+                else:
+                    assert (type(result), result) == (type(expected[0]), expected[0])
+                self.expected += 1
 
     @invariant()
     def what_is_left_is_seen(self) -> None:
@@ -92,7 +121,8 @@ def test_a_full_outbox_takes_no_more_until_some_was_taken(ends: tuple[Outbox, Ou
     while worker.put(1, worker.entries, 0.0, bytes(100)):
         pass
     assert worker.entries == RING_NBYTES // (32 + 104)
-    assert len(parent.take()) == worker.entries
+    ((_, _, streams, _, _),) = parent.take()
+    assert len(streams) == worker.entries
     assert worker.put(1, worker.entries, 0.0, bytes(100))
 
 
@@ -128,7 +158,7 @@ def test_outboxes_do_not_overlap() -> None:
     for slot in range(3):
         taken = outboxes.outbox(slot).take()
         assert taken
-        assert all(job == slot and data == bytes([slot]) * 1000 for job, _, _, data in taken)
+        assert all(job == slot and streams == [bytes([slot]) * 1000] for job, _, streams, _, _ in taken)
     outboxes.close()
 
 

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 
-from tpool import deadlines, dispatch, jobs, killing, roster, scheduler, slots
+from tpool import deadlines, dispatch, jobs, killing, roster, scheduler, slots, task
 from tpool.dispatch import AHEAD_SECONDS, MAX_BATCH, RECALL_SECONDS
 from tpool.errors import ProtocolError
 from tpool.messages import (
     InitializerFailed,
     JobCancelled,
-    JobId,
     JobOpened,
     JobSealed,
     JobSubmitted,
@@ -23,22 +22,19 @@ from tpool.messages import (
     PoolTerminated,
     RecallSettled,
     Resized,
-    Rules,
-    Task,
     TaskFaltered,
     TasksFinished,
     TasksRecalled,
     TasksSubmitted,
-    TimedOut,
     TimePassed,
     WorkerBecameReady,
     WorkerExited,
-    WorkerId,
     WorkerReturned,
 )
 from tpool.scheduler import MAX_START_FAILURES, START_GRACE_SECONDS, Scheduler
+from tpool.task import JobId, Rules, Task, TimedOut, WorkerId
 
-PARTS = [scheduler, slots, killing, jobs, dispatch, roster, deadlines]
+PARTS = [scheduler, slots, killing, jobs, dispatch, roster, deadlines, task]
 
 FAST = 1e-6
 HALF = MAX_BATCH // 2  # what travels in one message of fast tasks
@@ -150,7 +146,7 @@ class TestLayers:
         tree = ast.parse(Path(module.__file__).read_text())
         imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-        pure = {"__future__", "collections", "collections.abc", "dataclasses", "enum", "heapq", "typing"}
+        pure = {"__future__", "collections", "collections.abc", "copy", "dataclasses", "enum", "heapq", "typing"}
         inner = {"tpool.errors", "tpool.messages", *(part.__name__ for part in PARTS)}
         assert imported <= pure | inner
 
@@ -450,7 +446,7 @@ class TestRecall:
         world = self.stuck()
         world.say(TimePassed(), after=RECALL_SECONDS)
         world.recalled(0, 2)
-        world.submit(7, 200)
+        world.submit(7, MAX_BATCH)  # more than the other worker takes
         assert sent(world.finish(0)) == []
         assert sent(world.settled(0)) != []
 
@@ -458,7 +454,7 @@ class TestRecall:
         world = self.stuck()
         world.say(TimePassed(), after=RECALL_SECONDS)
         world.recalled(0, 2)
-        world.submit(7, 200)
+        world.submit(7, MAX_BATCH)  # more than the other worker takes
         assert world.settled(0) == []
 
     def test_progress_puts_it_off(self) -> None:

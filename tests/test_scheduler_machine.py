@@ -26,7 +26,6 @@ from tpool.messages import (
     FinishJob,
     InitializerFailed,
     JobCancelled,
-    JobId,
     JobOpened,
     JobSealed,
     JobSubmitted,
@@ -39,26 +38,25 @@ from tpool.messages import (
     RecallSettled,
     RecallTasks,
     Resized,
+    ResolveRun,
     ResolveTasks,
     RetireWorker,
     RetryTask,
-    Rules,
+    RunFinished,
     SendTasks,
     StartWorker,
-    Task,
     TaskFaltered,
     TasksFinished,
     TasksRecalled,
     TasksSubmitted,
-    TimedOut,
     TimePassed,
     VacateSlot,
     WorkerBecameReady,
     WorkerExited,
-    WorkerId,
     WorkerReturned,
 )
 from tpool.scheduler import MAX_START_FAILURES, START_GRACE_SECONDS, Scheduler
+from tpool.task import JobId, Rules, Task, TimedOut, WorkerId
 
 Key = tuple[int, int]  # (job, index)
 
@@ -73,6 +71,7 @@ RULES = [
     Rules(timeout=LIMIT, retries=2, retry_lost=True, retry_timed_out=True),
 ]
 MANY = 20_000  # steps, more than anything needs
+SPAN_SIZES = [1, 7, 64]
 SELDOM = st.sampled_from([False] * 5 + [True])
 
 
@@ -106,6 +105,16 @@ class ModelJob:
     turn: int = 0  # the number of messages before it came to wait for its turn
 
 
+def units_of(task: Task) -> list[Task]:
+    """The tasks that a span stands for; any other stands for itself."""
+    if not isinstance(task.payload, tuple):
+        return [task]
+    units = list(task.payload[task.start : task.start + task.count])
+    assert len(units) == task.count, "a span has more items than its payload"
+    assert (units[0].job, units[0].index) == (task.job, task.index), "a span was cut in the wrong place"
+    return units
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """The outside world: callers, feeder, engine and clock."""
 
@@ -117,8 +126,22 @@ class SchedulerMachine(RuleBasedStateMachine):
         not_ready=SELDOM,
         peace=st.integers(0, 40),
         pace=st.sampled_from(PACES),
+        span_size=st.sampled_from(SPAN_SIZES),
+        in_runs=st.booleans(),
     )
-    def begin(self, processes: int, max_tasks: int | None, not_ready: bool, peace: int, pace: float) -> None:
+    def begin(
+        self,
+        processes: int,
+        max_tasks: int | None,
+        not_ready: bool,
+        peace: int,
+        pace: float,
+        span_size: int,
+        in_runs: bool,
+    ) -> None:
+        self.span_size, self.in_runs = span_size, in_runs
+        if span_size > 1:  # of tasks that are sent many at a time, and not weighed
+            max_tasks, pace = None, SHORT
         self.peace = peace  # for so many steps nobody ends the pool, so that something can happen first
         self.processes, self.max_tasks = processes, max_tasks
         self.kept = set(range(processes))  # slots that have a worker, or get the next one
@@ -146,7 +169,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not not_ready:
             for worker in list(self.workers.values()):
                 self.become_ready(worker)
-        self.begin_job(ModelJob(0, batch=1, pace=pace), tasks=40, weight=1)
+        self.begin_job(ModelJob(0, batch=1, pace=pace), tasks=40 if span_size == 1 else 200, weight=1)
+        if span_size > 1:
+            self.give_a_result()
+
+    def give_a_result(self) -> None:
+        """So that it is known how long tasks take."""
+        for worker in self.holding()[:1]:
+            self.give_results(worker, 1, None)
 
     def say(self, event: Any, expect: list[tuple[str, Key, Any]] | None = None) -> None:
         self.in_doubt = True
@@ -200,14 +230,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert worker.state == "ready", f"sent to a worker that is {worker.state}"
         assert worker not in self.leaving, "sent to a worker that is to leave"
         assert not self.over(), "something is sent after the end"
-        assert action.tasks, "an empty message"
-        assert len({task.job for task in action.tasks}) == 1
-        job = self.jobs[action.tasks[0].job]
-        assert [task.index for task in action.tasks] == sorted(job.queue)[: len(action.tasks)], "sent out of order"
+        tasks = [unit for task in action.tasks for unit in units_of(task)]
+        assert tasks, "an empty message"
+        assert len({task.job for task in tasks}) == 1
+        job = self.jobs[tasks[0].job]
+        assert [task.index for task in tasks] == sorted(job.queue)[: len(tasks)], "sent out of order"
         self.check_turn(worker, job)
-        self.check_portion(worker, job, len(action.tasks))
+        self.check_portion(worker, job, len(tasks))
         if job.rules.timeout is not None:
-            assert len(action.tasks) == 1, "tasks with a time limit were packed"
+            assert len(tasks) == 1, "tasks with a time limit were packed"
             assert not worker.held, "a task with a time limit was sent ahead"
             worker.due = self.said_at + job.rules.timeout
         else:
@@ -218,7 +249,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             worker.heard_at = self.said_at
         if worker not in self.loaded():
             worker.since = self.said_at
-        for task in action.tasks:
+        for task in tasks:
             assert job.queue.pop(task.index) is task
             worker.held.append(task)
             worker.sent += 1
@@ -320,8 +351,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.to_retry.append(task)
 
     def do_RetryTask(self, action: RetryTask) -> None:
-        self.to_retry.remove(action.task)
-        self.enqueue(self.jobs[action.task.job], [action.task])
+        (task,) = units_of(action.task)
+        self.to_retry.remove(task)
+        self.enqueue(self.jobs[task.job], [task])
 
     def do_AnswerCancel(self, action: AnswerCancel) -> None:
         assert action.dropped == bool(self.dropped), "whoever cancelled was told wrongly"
@@ -337,17 +369,26 @@ class SchedulerMachine(RuleBasedStateMachine):
     def do_ResolveTasks(self, action: ResolveTasks) -> None:
         assert [("resolved", (task.job, task.index), result) for task, result in action.outcomes] == self.expected
         for task, result in action.outcomes:
-            self.resolve(task, "resolved", result)
+            (unit,) = units_of(task)
+            self.resolve(unit, "resolved", result)
+
+    def do_ResolveRun(self, action: ResolveRun) -> None:
+        keys = [(int(action.job), index) for index, _ in enumerate(action.results, action.index)]
+        assert [("resolved", *pair) for pair in zip(keys, action.results, strict=True)] == self.expected
+        for key, result in zip(keys, action.results, strict=True):
+            self.resolve(self.unresolved[key], "resolved", result)
 
     def do_FailTask(self, action: FailTask) -> None:
+        (task,) = units_of(action.task)
         cause = "timed out" if isinstance(action.cause, TimedOut) else action.cause
-        self.resolve_unless_late(action.task, "failed", cause)
+        self.resolve_unless_late(task, "failed", cause)
         assert action.task.attempts == self.attempts.get((action.task.job, action.task.index), 0)
 
     def do_DropTask(self, action: DropTask) -> None:
         assert self.jobs[action.task.job].cancelled
         self.dropped += 1
-        self.resolve_unless_late(action.task, "dropped", None)
+        for task in units_of(action.task):
+            self.resolve_unless_late(task, "dropped", None)
 
     def resolve_unless_late(self, task: Task, how: str, extra: Any) -> None:
         if self.jobs[task.job].finished:  # Only what the feeder adds to a cancelled job comes so late.
@@ -509,7 +550,18 @@ class SchedulerMachine(RuleBasedStateMachine):
             expect = [("failed", (task.job, task.index), self.stopped[0]) for task in tasks]
         else:
             self.enqueue(job, tasks)
-        return tasks, expect
+        return self.pack(tasks), expect
+
+    @rule(size=st.sampled_from(SPAN_SIZES))
+    def plan_spans(self, size: int) -> None:
+        self.span_size = size
+
+    def pack(self, tasks: list[Task]) -> list[Task]:
+        """The same as spans; each carries what it stands for."""
+        if self.span_size == 1 or self.max_tasks is not None:
+            return tasks
+        spans = [tasks[start : start + self.span_size] for start in range(0, len(tasks), self.span_size)]
+        return [Task(span[0].job, span[0].index, tuple(span), count=len(span)) for span in spans]
 
     def enqueue(self, job: ModelJob, tasks: list[Task]) -> None:
         if not job.queue:
@@ -624,8 +676,17 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data(), odd=st.sampled_from([None] * 8 + [SHORT, 1.0]))
     def finish(self, data: st.DataObject, odd: float | None) -> None:
         worker = data.draw(st.sampled_from(self.holding()), label="worker")
-        count = data.draw(st.one_of(st.just(len(worker.held)), st.integers(1, len(worker.held))), label="count")
+        few = st.integers(1, len(worker.held))
+        count = data.draw(st.one_of(st.just(len(worker.held)), few, few), label="count")
         self.give_results(worker, count, odd)
+
+    @precondition(lambda self: self.holding())
+    @rule(part=st.sampled_from([2, 3, 10]))
+    def answer_in_part(self, part: int) -> None:
+        """All workers are in the middle of what they hold, and of spans."""
+        for worker in self.holding():
+            if worker.held:  # It may have been recalled from, or died, in the meantime.
+                self.give_results(worker, max(1, len(worker.held) // part), SHORT)
 
     @precondition(lambda self: self.holding())
     @rule(
@@ -659,7 +720,17 @@ class SchedulerMachine(RuleBasedStateMachine):
     def holding(self) -> list[ModelWorker]:
         return [worker for worker in self.working("ready", "settling") if worker.held]
 
+    @rule(in_runs=st.booleans())
+    def plan_runs(self, in_runs: bool) -> None:
+        self.in_runs = in_runs
+
     def give_results(self, worker: ModelWorker, count: int, odd: float | None) -> None:
+        first = worker.held[0]
+        if self.in_runs:
+            follows = [
+                (task.job, task.index) == (first.job, first.index + place) for place, task in enumerate(worker.held)
+            ]
+            count = min(count, [*follows, False].index(False))
         done, worker.held = worker.held[:count], worker.held[count:]
         worker.started = max(0, worker.started - count)
         worker.since = worker.heard_at = self.now
@@ -667,7 +738,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         for job, _, _, seconds in results:
             self.jobs[job].durations.append(seconds)
         expect = [("resolved", (int(job), index), result) for job, index, result, _ in results]
-        self.say(TasksFinished(WorkerId(worker.id), results), expect)
+        if self.in_runs:
+            seconds = sum(seconds for _, _, _, seconds in results)
+            outcomes = [result for _, _, result, _ in results]
+            self.say(RunFinished(WorkerId(worker.id), first.job, first.index, outcomes, seconds), expect)
+        else:
+            self.say(TasksFinished(WorkerId(worker.id), results), expect)
 
     @precondition(lambda self: [worker for worker in self.holding() if self.jobs[worker.held[0].job].rules.retries])
     @rule(data=st.data())
@@ -705,6 +781,21 @@ class SchedulerMachine(RuleBasedStateMachine):
             results.clear()
         with pytest.raises(ProtocolError, match=f"worker {worker.id} "):
             self.say(TasksFinished(WorkerId(worker.id), results))
+
+    @precondition(lambda self: self.holding())
+    @rule(data=st.data(), wrong=st.sampled_from(["other index", "other job", "too many", "none"]))
+    def answer_a_wrong_run(self, data: st.DataObject, wrong: str) -> None:
+        worker = data.draw(st.sampled_from(self.holding()), label="worker")
+        first = worker.held[0]
+        job, index, count = first.job, first.index, 1
+        if wrong == "other index":
+            index += 1
+        elif wrong == "other job":
+            job = JobId(job + 1)
+        else:
+            count = 0 if wrong == "none" else len(worker.held) + 1
+        with pytest.raises(ProtocolError, match=f"worker {worker.id} "):
+            self.say(RunFinished(WorkerId(worker.id), job, index, [object()] * count, 0.0))
 
     def answer_recall(self, worker: ModelWorker) -> None:
         """The engine answers at once: it takes back what it can, or less, or finds the worker dead."""
@@ -811,6 +902,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if worker in self.workers:
             late += [WorkerBecameReady(worker), InitializerFailed(worker, "late")]
             late += [TasksFinished(worker, [(JobId(0), 0, "late", 0.0)])]
+            late += [RunFinished(worker, JobId(0), 0, ["late"], 0.0)]
         before = len(self.outcome), len(self.workers), self.messages
         self.say(data.draw(st.sampled_from(late), label="event"))
         assert before == (len(self.outcome), len(self.workers), self.messages)

@@ -15,6 +15,7 @@ from support import wait_until
 import tpool
 from tpool.results import Failure
 from tpool.streams import Stream
+from tpool.values import Values
 
 DEADLINE = 30
 CALLS = ["map", "map_unordered", "starmap", "imap", "imap_unordered", "istarmap", "istarmap_unordered"]
@@ -312,8 +313,59 @@ def test_bad_progress(pool, name):
         getattr(pool, name)(tasks.double, [1], progress="yes")
 
 
+def test_consumers_who_sleep_hear_of_the_end_from_whoever_takes_the_last():
+    stream = Stream("a stream", ordered=False)
+    ended = []
+
+    def consume():
+        with pytest.raises(StopIteration):
+            stream.take(DEADLINE)
+        ended.append(True)
+
+    second = threading.Thread(target=consume)
+    second.start()
+    wait_until(lambda: stream._waiting, DEADLINE)
+    stream._told = True  # as if it had been woken for an earlier result, and was asleep again
+    stream.resolve(0, Failure(ValueError()))
+    stream._length = 1
+    stream.take(DEADLINE)
+    second.join(DEADLINE / 3)
+    assert ended
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_run_of_results_is_there_for_all_who_wait(ordered):
+    """Whoever takes the first of them may do nothing more."""
+    stream = Stream("a stream", ordered=ordered)
+    got: list[object] = []
+    threads = [threading.Thread(target=lambda: got.append(stream.take(DEADLINE).take())) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: len(stream._waiting) == 3, DEADLINE)
+    stream.resolve_run(0, Values([1, None, 0], 1e-6))
+    for thread in threads:
+        thread.join(DEADLINE)
+    assert sorted(map(repr, got)) == ["0", "1", "None"]
+
+
+def test_results_that_come_too_early_wait_for_those_before_them():
+    stream = Stream("a stream", ordered=True)
+    stream.resolve_run(3, Values([3, 4], 1e-6))
+    assert stream.awaits_earlier()
+    assert not stream.has_consumable()
+    stream.resolve(2, Failure(ValueError("2")))
+    stream.resolve_run(0, Values([0, 1], 1e-6))
+    assert not stream.awaits_earlier()
+    stream.set_length(5)
+    got = [stream.take(0).take() for _ in range(5)]
+    assert [got[0], got[1], str(got[2]), got[3], got[4]] == [0, 1, "2", 3, 4]
+    assert stream.consumed == 5
+    with pytest.raises(StopIteration):
+        stream.take(0)
+
+
 def test_consumers_of_one_iterator_all_hear_of_its_end():
-    # One has taken the last result and not yet said so, while another looks and goes to sleep.
+    # One has taken the last result and not yet said so, while another looks: it must not go to sleep.
     stream = Stream("a stream", ordered=False)
     stream.resolve(0, Failure(ValueError()))
     stream.set_length(1)
@@ -325,18 +377,13 @@ def test_consumers_of_one_iterator_all_hear_of_its_end():
         ended.append(True)
 
     second = threading.Thread(target=consume)
-    count, last, looked = stream._count, stream._last, []
-
-    def look_in_vain():
-        looked.append(last())
-        return looked[-1]
+    count = stream.count
 
     def count_late():
         second.start()
-        wait_until(lambda: looked, DEADLINE)
+        second.join(DEADLINE / 3)
         count()
 
-    stream._count, stream._last = count_late, look_in_vain
+    stream.count = count_late
     stream.take(DEADLINE)
-    second.join(DEADLINE / 3)
     assert ended

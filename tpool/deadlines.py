@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 from typing import Protocol
 
-from tpool.messages import Task
+from tpool.task import Task
 
 __all__ = ["Deadlines"]
 

@@ -8,7 +8,7 @@ from time import monotonic
 from tpool import failures
 from tpool.engine import Encoded, Engine, Result, WorkerLoss
 from tpool.handler import Handler
-from tpool.messages import Task
+from tpool.task import Task
 
 logger = logging.getLogger("tpool")
 

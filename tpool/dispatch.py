@@ -27,8 +27,9 @@ from collections import deque
 from collections.abc import Iterable
 
 from tpool.deadlines import Deadlines
-from tpool.messages import Action, LendWorker, RecallTasks, RetireWorker, SendTasks, Task
+from tpool.messages import Action, LendWorker, RecallTasks, RetireWorker, SendTasks
 from tpool.roster import AHEAD_SECONDS, MAX_BATCH, Job, SoloJob, Worker, WorkerState
+from tpool.task import Task
 
 __all__ = ["AHEAD_SECONDS", "MAX_BATCH", "RECALL_SECONDS", "Dispatcher"]
 
@@ -73,6 +74,7 @@ class Dispatcher:
         if tasks and not job.queued:
             self._ring.append(job)
         job.queued.extend(tasks)
+        job.waiting += sum([task.count for task in tasks])
 
     def put_back(self, job: Job, tasks: list[Task]) -> None:
         """Put tasks that came back in their places in the job's queue."""
@@ -87,6 +89,7 @@ class Dispatcher:
             returned.append(queued.popleft())
         returned.sort(key=lambda task: task.index, reverse=True)
         queued.extendleft(returned)
+        job.waiting += sum([task.count for task in tasks])
 
     def take_queue(self, job: Job) -> list[Task]:
         """Empty a job's queue and give what was in it."""
@@ -94,6 +97,7 @@ class Dispatcher:
         if tasks:
             self._ring.remove(job)
             job.queued.clear()
+            job.waiting = 0
         return tasks
 
     # Workers ------------------------------------------------------------------------------------------------------
@@ -119,7 +123,7 @@ class Dispatcher:
             self._hungry[worker] = None
         else:
             self._hungry.pop(worker, None)
-        if len(worker.held) < 2 or worker.recalled:
+        if worker.load < 2 or worker.recalled:
             self._loaded.pop(worker, None)
         elif worker not in self._loaded:
             self._loaded[worker] = self.now
@@ -169,7 +173,7 @@ class Dispatcher:
         longer than we thought.
         """
         job = worker.last_job
-        if job is None or len(worker.held) > job.want // 2:
+        if job is None or worker.load > job.want // 2:
             return False
         return self.now < worker.progress_at + RECALL_SECONDS
 
@@ -213,23 +217,37 @@ class Dispatcher:
         else:
             ring.remove(job)
         # The tail: leave enough for two more messages to each worker.
-        count = min(job.portion, -(-len(queued) // (2 * live_workers)))
-        if self._max_tasks is None:
+        count = min(job.portion, -(-job.waiting // (2 * live_workers)))
+        if self._max_tasks is not None:
+            tasks = self._take_weighed(worker, queued, count, self._max_tasks)
+            count = len(tasks)
+        elif job.waiting == len(queued):
             tasks = [queued.popleft() for _ in range(count)]
         else:
-            tasks = self._take_weighed(worker, queued, count, self._max_tasks)
+            tasks = self._take_spans(queued, count)
+        job.waiting -= count
         if queued:
             ring.append(job)
         if not worker.held:
             worker.progress_at = self.now
         worker.held.extend(tasks)
-        worker.sent += len(tasks)
+        worker.load += count
+        worker.sent += count
         worker.last_job = job
         if job.timeout is not None:
             self.deadlines.begin(worker, tasks[0], self.now + job.timeout)
         worker.recalled = False
         self.out.append(SendTasks(worker.id, tasks))
         self.place(worker)
+
+    @staticmethod
+    def _take_spans(queued: deque[Task], count: int) -> list[Task]:
+        tasks: list[Task] = []
+        while count:
+            task = queued[0].cut(count) if queued[0].count > count else queued.popleft()
+            tasks.append(task)
+            count -= task.count
+        return tasks
 
     @staticmethod
     def _take_weighed(worker: Worker, queued: deque[Task], count: int, max_tasks: int) -> list[Task]:
@@ -281,17 +299,19 @@ class Dispatcher:
         for job in jobs:
             indices = [task.index for task in job.queued]
             assert indices == sorted(set(indices)), f"the queue of job {job.id} is out of order: {indices}"
+            assert job.waiting == sum(task.count for task in job.queued)
+        assert all(worker.load == sum(task.count for task in worker.held) for worker in workers)
         assert not any(worker.leaving for worker in [*self.idle, *self._hungry]), "who leaves may be sent something"
         assert len(self._ring) == len(set(self._ring)), "a job has two turns"
         assert set(self._ring) == {job for job in jobs if job.queued}
         ready = [worker for worker in workers if worker.state is WorkerState.READY]
         assert set(self.idle) == {worker for worker in ready if not worker.held}
         assert set(self._hungry) <= {worker for worker in ready if worker.held}
-        assert set(self._loaded) == {worker for worker in ready if len(worker.held) > 1 and not worker.recalled}
+        assert set(self._loaded) == {worker for worker in ready if worker.load > 1 and not worker.recalled}
         assert list(self._loaded.values()) == sorted(self._loaded.values()), "_loaded is out of order"
         assert self._asked is None or self._asked.state is WorkerState.ASKED
         solo = [worker for worker in workers if worker.held and isinstance(worker.last_job, SoloJob)]
-        assert all(len(worker.held) == 1 for worker in solo), "something was sent with a task that has a time limit"
+        assert all(worker.load == 1 for worker in solo), "something was sent with a task that has a time limit"
         due = [worker.due for worker in solo if worker.due is not None]
         assert self.deadlines.next() == min(due, default=None), "a deadline is forgotten"
         assert not self.idle or not self._ring, "a task waits while a worker is idle"

@@ -16,7 +16,6 @@ from tpool.local.crew import SlotRecord
 from tpool.local.logs import LogReceiver
 from tpool.messages import (
     Event,
-    JobId,
     KillWorker,
     LendWorker,
     RecallTasks,
@@ -24,9 +23,9 @@ from tpool.messages import (
     SendTasks,
     StartWorker,
     VacateSlot,
-    WorkerId,
 )
 from tpool.outstanding import Piece
+from tpool.task import JobId, WorkerId
 from tpool.tensors.held import Reference
 
 WorkerAction = StartWorker | SendTasks | LendWorker | RecallTasks | RetireWorker | KillWorker | VacateSlot
@@ -147,6 +146,13 @@ class Engine(Protocol):
             SharedMemoryExhausted: there is not enough shared memory.
             Exception: whatever pickling raises.
         """
+
+    @property
+    def packs_items(self) -> bool:
+        """Whether it takes spans: tasks of several items."""
+
+    def encode_items(self, items: tuple[Any, ...]) -> Encoded:
+        """The payload of a span of light items; in the handler's thread. Where ``packs_items``."""
 
     def encode_call(self, function: Any, args: tuple[Any, ...], kwds: dict[str, Any]) -> Encoded:
         """Make a whole call ready to be sent, as ``encode`` does."""

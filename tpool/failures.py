@@ -7,8 +7,8 @@ from typing import Any
 
 from tpool.engine import WorkerLoss
 from tpool.errors import PoolTerminatedError, TaskTimeoutError, WorkerLostError, WorkerStartError
-from tpool.messages import Task, TimedOut
 from tpool.results import Failure, SharedFailure
+from tpool.task import Task, TimedOut
 
 _ADVICE = ". Its memory was probably exhausted, or its code crashed; the pool goes on with a new worker"
 

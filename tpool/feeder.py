@@ -14,18 +14,25 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from tpool.basket import Basket
 from tpool.handler import Handler
-from tpool.messages import JobCancelled, JobId, JobSealed, JobWithdrawn, Task
+from tpool.messages import JobCancelled, JobSealed, JobWithdrawn
 from tpool.outstanding import Outstanding
 from tpool.results import Failure
 from tpool.streams import Stream
+from tpool.task import JobId, Task
+from tpool.tensors.plain import light_nbytes
 
 # Enough that no worker waits while the consumer is a little slow; each one more holds one more result in memory.
 TASKS_PER_WORKER = 4
-# For microsecond tasks: several messages' worth for each worker. More gained nothing, and delays the end of a stream.
-MAX_TASKS_PER_WORKER = 512
+# For microsecond tasks: several messages' worth for each worker, and of the very short ones this many seconds' worth,
+# up to so many. More would gain a little, and draw more of an endless input than anybody expects.
+WIDE_TASKS_PER_WORKER = 512
+WIDE_SECONDS = 10e-3
+MAX_TASKS_PER_WORKER = 896
 WIDE_TASK_SECONDS = 200e-6
 LOOK_AGAIN = 16
+LOOK_AGAIN_WIDE = 64
 WIDE_ITEM_NBYTES = 4096
 
 
@@ -38,6 +45,7 @@ class Feeder:
         stream: tells how far the consumer is.
         iterable: the input.
         processes: tells how many workers there are.
+        packs: whether light items of short tasks may go in spans.
     """
 
     def __init__(
@@ -47,12 +55,15 @@ class Feeder:
         stream: Stream,
         iterable: Iterable[Any],
         processes: Callable[[], int],
+        packs: bool,
     ) -> None:
         self._handler = handler
         self._job = job
         self._stream = stream
         self._iterable: Iterable[Any] | None = iterable
         self._processes = processes
+        self._packs = packs
+        self._basket: Basket | None = None  # takes the next item, if that is light
         self._wide = False  # tasks of microseconds that carry little
         self._drawn = 0
         self._claim = threading.Lock()  # taken for good by whoever says what becomes of the job
@@ -104,6 +115,10 @@ class Feeder:
             if room <= 0:
                 self._wait_for_room()
                 continue
+            if self._wide and self._packs and self._chunksize == 1:
+                if not self._draw_light(iterator, min(room, LOOK_AGAIN_WIDE)):
+                    return
+                continue
             # The limit is looked at again soon: it follows what the items and tasks turn out to be. The first eight
             # large ones must not take all the memory that their results will need.
             for _ in range(min(room, LOOK_AGAIN if self._wide else 1)):
@@ -118,7 +133,34 @@ class Feeder:
                 if self._latest_nbytes > WIDE_ITEM_NBYTES:
                     break
 
+    def _draw_light(self, iterator: Iterator[Any], count: int) -> bool:
+        """Draw items for the basket, up to one that does not belong there; False when there are no more."""
+        light = drawn = nbytes = 0
+        more = True
+        for item in itertools.islice(iterator, count):
+            drawn += 1
+            item_nbytes = light_nbytes(item)
+            if not item_nbytes or self._stream.cancelled:
+                break
+            if self._basket is None:
+                self._basket = Basket(self._job, self._drawn, self._handler.visit)
+            self._basket.put(item)
+            self._drawn += 1
+            light += 1
+            nbytes += item_nbytes
+        else:
+            more = drawn == count
+        if light:
+            self._outstanding.add_light(light, nbytes)
+            self._latest_nbytes = nbytes // light
+        if light < drawn:
+            before = self._outstanding.nbytes
+            self._send(item)
+            self._latest_nbytes = self._outstanding.nbytes - before
+        return more
+
     def _send(self, item: Any) -> None:
+        self._basket = None
         index = self._drawn
         self._drawn += 1
         handler = self._handler
@@ -146,7 +188,8 @@ class Feeder:
         if self._window is not None:
             limit = self._window
         elif self._wide:
-            limit = MAX_TASKS_PER_WORKER * processes
+            each_worker = min(MAX_TASKS_PER_WORKER, int(WIDE_SECONDS / self._stream.seconds))
+            limit = max(WIDE_TASKS_PER_WORKER, each_worker) * processes
         else:
             limit = TASKS_PER_WORKER * processes
         if result_nbytes is None:

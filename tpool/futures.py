@@ -25,8 +25,8 @@ from typing import Any, NoReturn, Protocol, TypeVar
 from tpool.engine import Result
 from tpool.errors import TaskCancelledError, TpoolError, TransportError
 from tpool.loops import Bell
-from tpool.messages import JobId
-from tpool.results import Callbacks, Failure, SharedFailure, decode
+from tpool.results import Callbacks, Failure, Results, SharedFailure, decode
+from tpool.task import JobId
 from tpool.waiting import Monitor
 
 T = TypeVar("T")
@@ -277,6 +277,11 @@ class AsyncResult(Future[T]):
                 return
             self._outcome = result
             self._announce(result.failed)
+
+    def resolve_run(self, index: int, results: Results) -> None:
+        """See Sink."""
+        for offset, result in enumerate(results):
+            self.resolve(index + offset, result)
 
     def drop(self, index: int) -> None:
         """See Sink."""

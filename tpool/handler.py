@@ -25,8 +25,10 @@ from time import monotonic
 from typing import Any
 
 from tpool import failures
+from tpool.basket import Basket
 from tpool.engine import Encoded, Engine, Result, WorkerLoss
 from tpool.errors import ProtocolError, TpoolError
+from tpool.inbox import Inbox
 from tpool.messages import (
     Action,
     AnswerCancel,
@@ -36,39 +38,31 @@ from tpool.messages import (
     FailTask,
     FinishJob,
     JobCancelled,
-    JobId,
     JobOpened,
     JobSubmitted,
     KillWorker,
     LendWorker,
     PoolTerminated,
     RecallTasks,
+    ResolveRun,
     ResolveTasks,
     RetireWorker,
     RetryTask,
-    Rules,
     SendTasks,
     StartWorker,
-    Task,
     TasksSubmitted,
-    TimedOut,
     TimePassed,
     VacateSlot,
-    WorkerId,
 )
 from tpool.results import Callbacks, Failure, SharedFailure, Sink
 from tpool.scheduler import Scheduler
+from tpool.task import JobId, Rules, Task, TimedOut, WorkerId
 from tpool.waiting import Flag
 
 logger = logging.getLogger("tpool")
 
 # At the interpreter's exit: enough to kill workers in good order; what is left then dies with this process anyway.
 EXIT_SECONDS = 2.0
-
-# A feeder of microsecond tasks would wake this thread for each one, which costs more than the task; so it lets them
-# gather, this many, or for this long. Longer would be felt by a stream whose input is slower than its tasks.
-NAP_TASKS = 64
-NAP_SECONDS = 0.0005
 
 NAMES_KEPT = 1 << 17
 """How many calls a timeline knows by name. More would take more memory: about 150 bytes for each."""
@@ -83,9 +77,7 @@ class Handler:
         callbacks: told when no more results will come.
         name: of the pool, for threads and messages.
 
-    Shared data: ``_inbox`` and ``sinks`` are written by callers and read here, each in single atomic steps;
-    ``_asleep`` is written here and read by callers, who append before they look, while this thread sets it before it
-    looks at the inbox: one of the two always notices.
+    Shared data: ``_inbox`` and ``sinks`` are written by callers and read here, each in single atomic steps.
     """
 
     def __init__(self, engine: Engine, scheduler: Scheduler, callbacks: Callbacks, name: str) -> None:
@@ -95,15 +87,11 @@ class Handler:
         self.scheduler = scheduler
         self._callbacks = callbacks
         self._pid = os.getpid()
-        self._inbox: deque[Event | Task] = deque()
+        self._inbox = Inbox(engine.wake)
         self.sinks: dict[JobId, Sink] = {}
         self.direct: dict[JobId, tuple[str, float]] = {}  # calls in lent workers: what, and since when
         self._job_ids = itertools.count(1)
         self.names: dict[JobId, str] | None = None  # of the latest jobs, if there is to be a timeline
-        self._asleep = False
-        # Tasks were submitted "soon", so this thread only naps; written before _asleep, read after it.
-        self._napping = False
-        self._nap_until = 0.0
         self._followups: deque[Event] = deque()
         self._begun = Flag()
         self._ended = Flag()
@@ -123,6 +111,7 @@ class Handler:
             KillWorker: self._pass_on,
             VacateSlot: self._pass_on,
             ResolveTasks: self._resolve,
+            ResolveRun: self._resolve_run,
             FailTask: self._fail,
             RetryTask: self._retry,
             DropTask: self._drop,
@@ -167,21 +156,20 @@ class Handler:
         return job
 
     def submit_soon(self, task: Task) -> None:
-        """Add a task of microseconds to the end of its job: many of them are taken up together, in ``NAP_SECONDS``."""
-        inbox = self._inbox
-        inbox.append(task)
-        self._nap_until = monotonic() + NAP_SECONDS
-        if self._asleep and (not self._napping or len(inbox) >= NAP_TASKS):
-            self._asleep = False  # one wake-up will do; never in post: an interrupt between these two would lose it
-            self.engine.wake()
+        """Add a task of microseconds to the end of its job: many of them are taken up together."""
+        self._inbox.put_soon(task)
+        if self._last_words is not None:
+            self._abandon_all()
+
+    def visit(self, basket: Basket, hurry: bool) -> None:
+        """Take up what is in a basket, likewise; at once, if that is much."""
+        self._inbox.announce(basket, hurry)
         if self._last_words is not None:
             self._abandon_all()
 
     def post(self, item: Event | Task) -> None:
         """Tell the scheduler of an event, or add a task to the end of its job; takes no lock: finalizers call it."""
-        self._inbox.append(item)
-        if self._asleep:
-            self.engine.wake()
+        self._inbox.put(item)
         if self._last_words is not None:
             self._abandon_all()
 
@@ -263,22 +251,21 @@ class Handler:
                 while inbox and type(inbox[0]) is Task and inbox[0].job == item.job:
                     tasks.append(inbox.popleft())  # type: ignore[arg-type]
                 self._handle(TasksSubmitted(item.job, tasks))
+            elif type(item) is Basket:
+                if spans := item.take(self.engine.encode_items):
+                    self._handle(TasksSubmitted(spans[0].job, spans))
             else:
                 self._handle(item)  # type: ignore[arg-type]
 
     def _take_events(self) -> None:
-        self._napping = monotonic() < self._nap_until
-        self._asleep = True
-        timeout: float | None = NAP_SECONDS if self._napping else None
-        if self._inbox:
-            timeout = 0.0
-        elif self.scheduler.wake_at is not None:
+        timeout = self._inbox.fall_asleep()
+        if timeout != 0 and self.scheduler.wake_at is not None:
             until = max(0.0, self.scheduler.wake_at - monotonic())
             timeout = until if timeout is None else min(until, timeout)
         self.engine.pressing = self.scheduler.wants_workers
         self.engine.can_lend = self.scheduler.can_lend
         events = self.engine.wait(timeout)
-        self._asleep = False
+        self._inbox.wake_up()
         self._take_inbox()  # first what was asked before these came: a worker that is to leave gets no other task
         if self._ended.is_set():
             return
@@ -317,6 +304,9 @@ class Handler:
         for task, result in action.outcomes:
             sinks[task.job].resolve(task.index, result)
 
+    def _resolve_run(self, action: ResolveRun) -> None:
+        self.sinks[action.job].resolve_run(action.index, action.results)
+
     def _fail(self, action: FailTask) -> None:
         task = action.task
         sink = self.sinks[task.job]
@@ -354,7 +344,8 @@ class Handler:
     def _drop(self, action: DropTask) -> None:
         sink = self.sinks.get(action.task.job)
         if sink is not None:  # else the job was finished, and its feeder has just added this
-            sink.drop(action.task.index)
+            for task in action.task.items():
+                sink.drop(task.index)
 
     def _answer(self, action: AnswerCancel) -> None:
         action.asker(action.dropped)

@@ -13,8 +13,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from tpool.dispatch import Dispatcher
-from tpool.messages import DropTask, FailTask, FinishJob, JobId, RetryTask, Rules, Task
+from tpool.messages import DropTask, FailTask, FinishJob, RetryTask
 from tpool.roster import Job, SoloJob
+from tpool.task import JobId, Rules, Task
 
 __all__ = ["JobBook"]
 
@@ -61,7 +62,7 @@ class JobBook:
             self._dispatcher.out.extend(map(DropTask, tasks))
             return
         job = self._unsealed(job_id, "was given more tasks")
-        job.unresolved += len(tasks)
+        job.unresolved += sum([task.count for task in tasks])
         self._dispatcher.enqueue(job, tasks)
 
     def refuse(self, job_id: JobId, tasks: list[Task], cause: Any) -> None:
@@ -70,7 +71,7 @@ class JobBook:
             self._dispatcher.out.extend(map(DropTask, tasks))
             return
         self._unsealed(job_id, "was given more tasks")
-        self._dispatcher.out.extend(FailTask(task, cause) for task in tasks)
+        self._dispatcher.out.extend(FailTask(item, cause) for task in tasks for item in task.items())
 
     def seal(self, job_id: JobId) -> None:
         """No more tasks will come."""
@@ -148,11 +149,19 @@ class JobBook:
         self.put_back([task])
         return True
 
+    def note_answers(self, job_id: JobId, count: int, seconds: float) -> None:
+        """So many tasks of a job were answered, which ran for so long in all."""
+        job = self._jobs[job_id]
+        job.unresolved -= count
+        job.learn(seconds / count)
+        if job.sealed and not job.unresolved:
+            self.finish_if_over(job)
+
     def leave_unresolved(self, tasks: Iterable[Task]) -> None:
         """Tasks that have their outcomes, said by whoever calls."""
         for task in tasks:
             job = self._jobs[task.job]
-            job.unresolved -= 1
+            job.unresolved -= task.count
             self.finish_if_over(job)
 
     def finish_if_over(self, job: Job) -> None:
@@ -163,7 +172,8 @@ class JobBook:
     def fail_all(self, cause: Any) -> None:
         """The pool was stopped and no worker holds anything: fail what is queued. Unsealed jobs stay until sealed."""
         for job in list(self._jobs.values()):
-            self._dispatcher.out.extend(FailTask(task, cause) for task in self._dispatcher.take_queue(job))
+            queued = self._dispatcher.take_queue(job)
+            self._dispatcher.out.extend(FailTask(item, cause) for task in queued for item in task.items())
             job.unresolved = 0
             self.finish_if_over(job)
 
@@ -174,9 +184,10 @@ class JobBook:
     def check(self, held: Iterable[Task]) -> None:
         """Assert the invariants, given all tasks that workers hold. For tests."""
         jobs = self._jobs.values()
-        places = [*held, *(task for job in jobs for task in job.queued)]
-        assert len({(task.job, task.index) for task in places}) == len(places), "a task is in two places"
-        counts = Counter(task.job for task in places)
+        tasks = [*held, *(task for job in jobs for task in job.queued)]
+        places = [(task.job, index) for task in tasks for index in range(task.index, task.index + task.count)]
+        assert len(set(places)) == len(places), "a task is in two places"
+        counts = Counter(job for job, _ in places)
         for job in jobs:
             assert counts[job.id] == job.unresolved, f"job {job.id} has {counts[job.id]} tasks, not {job.unresolved}"
             assert job.unresolved or not job.sealed, f"job {job.id} is over, but not finished"

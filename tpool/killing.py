@@ -10,8 +10,9 @@ from collections.abc import Iterable
 
 from tpool.dispatch import Dispatcher
 from tpool.jobs import JobBook
-from tpool.messages import KillWorker, TimedOut
+from tpool.messages import KillWorker
 from tpool.roster import Job, Worker, WorkerState
+from tpool.task import TimedOut
 
 __all__ = ["Killer"]
 
@@ -44,7 +45,7 @@ class Killer:
         dispatcher = self._dispatcher
         while (worker := dispatcher.deadlines.pop_due(dispatcher.now)) is not None:
             assert isinstance(worker, Worker)
-            task = worker.held.popleft()
+            (task,) = worker.pop_all()
             rules = self._book[task.job].rules
             assert rules.timeout is not None
             self.kill(worker)
@@ -72,8 +73,7 @@ class Killer:
         del self.condemned[worker]
         if not any(doomed):
             return False
-        tasks = list(worker.held)
-        worker.held.clear()
+        tasks = worker.pop_all()
         self.kill(worker)
         self._book.drop(tasks)
         return True

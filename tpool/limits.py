@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 from tpool.errors import TaskTimeoutError, WorkerLostError
-from tpool.messages import Rules
+from tpool.task import Rules
 
 __all__ = ["POOL", "Limits", "PoolDefault", "RetryOn"]
 

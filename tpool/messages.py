@@ -5,63 +5,16 @@ handler speaks this language: payloads and results ride along unopened.
 
 Identity: a *slot* is a worker's place in the pool and is kept when the worker is replaced; a *worker* id names one
 process and is never used again. A task is named by its job and its index in that job.
+
+Where tasks are counted, each item of a span counts.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NewType
+from typing import Any
 
-JobId = NewType("JobId", int)
-WorkerId = NewType("WorkerId", int)
-Slot = NewType("Slot", int)
-
-
-@dataclass(slots=True, eq=False)
-class Task:
-    """One unit of work: a call of the user's function on one item, or on a chunk of items of a ``map``.
-
-    Attributes:
-        job: the job it belongs to.
-        index: its place in the job, from 0.
-        payload: what the engine sends; the scheduler never looks into it.
-        weight: how many calls of the user's function it stands for (counts towards ``max_tasks``).
-        attempts: how often it was begun in vain: its worker was lost or killed, or it raised what is tried again.
-        losses: the causes of the attempts that have one, in order.
-    """
-
-    job: JobId
-    index: int
-    payload: Any
-    weight: int = 1
-    attempts: int = 0
-    losses: tuple[Any, ...] = ()
-
-
-@dataclass(slots=True, eq=False)
-class Rules:
-    """What a caller asked for each task of a job.
-
-    Attributes:
-        timeout: how many seconds it may run; None for any time.
-        retries: how often it is tried again.
-        retry_lost: whether after the loss of its worker.
-        retry_timed_out: whether after it ran for too long.
-    """
-
-    timeout: float | None = None
-    retries: int = 0
-    retry_lost: bool = False
-    retry_timed_out: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class TimedOut:
-    """The cause of FailTask where a task ran for longer than ``timeout`` seconds; its worker is killed."""
-
-    worker: WorkerId
-    timeout: float
-
+from tpool.task import JobId, Rules, Slot, Task, WorkerId
 
 # Events -----------------------------------------------------------------------------------------------------------
 
@@ -167,6 +120,25 @@ class TasksFinished:
 
 
 @dataclass(slots=True, eq=False)
+class RunFinished:
+    """A worker answered the first tasks and items that it holds: these are of one job and stand behind each other.
+
+    Attributes:
+        worker: which.
+        job: the job.
+        index: of the first of them.
+        results: of each.
+        seconds: how long all of them ran.
+    """
+
+    worker: WorkerId
+    job: JobId
+    index: int
+    results: list[Any]
+    seconds: float
+
+
+@dataclass(slots=True, eq=False)
 class TaskFaltered:
     """A worker answered the first task it holds with an exception that is tried again, if its job allows one more.
 
@@ -253,6 +225,7 @@ Event = (
     | LoanWanted
     | WorkerReturned
     | TasksFinished
+    | RunFinished
     | TaskFaltered
     | TasksRecalled
     | RecallSettled
@@ -326,6 +299,15 @@ class ResolveTasks:
 
 
 @dataclass(slots=True, eq=False)
+class ResolveRun:
+    """The tasks and items of this job from ``index`` on have these outcomes."""
+
+    job: JobId
+    index: int
+    results: list[Any]
+
+
+@dataclass(slots=True, eq=False)
 class FailTask:
     """This task will have no result: the cause of WorkerExited, PoolTerminated or InitializerFailed, or TimedOut."""
 
@@ -385,6 +367,7 @@ Action = (
     | KillWorker
     | VacateSlot
     | ResolveTasks
+    | ResolveRun
     | FailTask
     | RetryTask
     | DropTask

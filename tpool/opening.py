@@ -22,9 +22,10 @@ from tpool.local.faltering import Faltering
 from tpool.local.seeding import SeededCall, SeededItems
 from tpool.local.wire import Mode
 from tpool.map_result import MapResult
-from tpool.messages import JobCancelled, JobId, JobSealed, JobWithdrawn, Task
+from tpool.messages import JobCancelled, JobSealed, JobWithdrawn
 from tpool.results import Failure, Sink
 from tpool.streams import IMapIterator, Stream
+from tpool.task import JobId, Task
 
 # As in the standard library: enough chunks that the last ones even out, few enough that each is worth a message.
 CHUNKS_PER_WORKER = 4
@@ -172,7 +173,8 @@ class Opener:
         gate = self._gate
         nbytes = self._stream_nbytes if buffer_nbytes is None else min(self._stream_nbytes, buffer_nbytes)
         job = self._handler.new_job(stream.story)
-        feeder = Feeder(self._handler, job, stream, iterable, lambda: gate.processes)
+        packs = self._engine.packs_items and limits.rules is None and self._max_tasks is None
+        feeder = Feeder(self._handler, job, stream, iterable, lambda: gate.processes, packs)
         try:
             self._open(job, stream, Mode.CALL, function, chunksize, limits)
             weakref.finalize(iterator, _abandon, stream, self._handler, job).atexit = False

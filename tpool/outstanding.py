@@ -21,18 +21,20 @@ class Outstanding:
         nbytes: of all of them.
     """
 
-    __slots__ = ("_added", "_items", "_users", "nbytes")
+    __slots__ = ("_added", "_count", "_items", "_users", "nbytes")
 
     def __init__(self) -> None:
         self.nbytes = 0
         self._added = 0  # the sum of what each of them made it more
-        self._items: deque[tuple[int, int, Sequence[Piece]]] = deque()  # (its own bytes, what it added, pieces)
+        self._count = 0
+        # (how many such items, own bytes, what each added, pieces); only items without pieces are put together
+        self._items: deque[tuple[int, int, int, Sequence[Piece]]] = deque()
         self._users: dict[Piece, int] = {}  # how many items refer to a piece
 
     @property
     def mean_nbytes(self) -> int:
         """By how much an item made it more, in the mean."""
-        return self._added // len(self._items) if self._items else 0
+        return self._added // self._count if self._count else 0
 
     def add(self, own_nbytes: int, pieces: Sequence[Piece]) -> None:
         """An item was drawn, with so many bytes of its own and these pieces of shared memory."""
@@ -44,15 +46,28 @@ class Outstanding:
                 added += piece[1]
         self.nbytes += added
         self._added += added
-        self._items.append((own_nbytes, added, pieces))
+        self._count += 1
+        self._items.append((1, own_nbytes, added, pieces))
+
+    def add_light(self, count: int, nbytes: int) -> None:
+        """So many items were drawn, with so many bytes in all."""
+        each = nbytes // count
+        self.nbytes += each * count
+        self._added += each * count
+        self._count += count
+        self._items.append((count, each, each, ()))
 
     def keep(self, count: int) -> None:
         """Only the latest ``count`` are outstanding."""
         items = self._items
-        while len(items) > count and len(items) > 1:
-            own_nbytes, added, pieces = items.popleft()
-            self.nbytes -= own_nbytes
-            self._added -= added
+        while (surplus := self._count - max(1, count)) > 0:
+            alike, own_nbytes, added, pieces = items.popleft()
+            if alike > surplus:
+                items.appendleft((alike - surplus, own_nbytes, added, pieces))
+                alike = surplus
+            self._count -= alike
+            self.nbytes -= alike * own_nbytes
+            self._added -= alike * added
             for piece in pieces:
                 users = self._users.pop(piece) - 1
                 if users:

@@ -29,7 +29,7 @@ from tpool.handler import Handler
 from tpool.imaps import StreamCalls
 from tpool.limits import POOL, Limits, PoolDefault, RetryOn
 from tpool.local.setup import check_platform
-from tpool.messages import JobId, PoolClosed
+from tpool.messages import PoolClosed
 from tpool.opening import Opener
 from tpool.progress import tell_waiting
 from tpool.ray.spec import RayEngine
@@ -37,6 +37,7 @@ from tpool.results import Callbacks, finish
 from tpool.scheduler import Scheduler
 from tpool.seeing import Seen
 from tpool.sizing import Sized
+from tpool.task import JobId
 
 P = ParamSpec("P")
 T = TypeVar("T")

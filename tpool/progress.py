@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 
 from tpool.engine import Result
 from tpool.map_result import MapResult
-from tpool.messages import JobId
-from tpool.results import Callbacks, Failure, SharedFailure, Sink
+from tpool.results import Callbacks, Failure, Results, SharedFailure, Sink
 from tpool.stats import PoolStats
 from tpool.streams import Stream
+from tpool.task import JobId
 from tpool.waiting import Flag
 
 T = TypeVar("T")
@@ -191,6 +191,11 @@ class MeteredStream(_Metered, Stream):
         """See Sink."""
         self._meter.add(1)
         super().resolve(index, result)
+
+    def resolve_run(self, index: int, results: Results) -> None:
+        """See Sink."""
+        for offset, result in enumerate(results):
+            self.resolve(index + offset, result)
 
 
 def tell_waiting(sinks: Mapping[JobId, Sink], text: str) -> None:

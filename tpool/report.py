@@ -69,8 +69,8 @@ def _doing(slot: int, worker: Worker | None, handler: Handler, look: Look) -> Do
         return Doing(slot, pid, "idle", None, False)
     sink = handler.sinks.get(held[0].job)
     what = f"runs task {held[0].index} of {'a call' if sink is None else sink.story}"
-    if len(held) > 1:
-        what += f" ({len(held) - 1} more wait for it there)"
+    if worker.load > 1:
+        what += f" ({worker.load - 1} more wait for it there)"
     return Doing(slot, pid, what, monotonic() - worker.progress_at, True)
 
 

@@ -18,8 +18,13 @@ from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 from tpool.engine import Result
+from tpool.values import Values
 
 logger = logging.getLogger("tpool")
+
+
+Results = list[Result] | Values
+"""Of tasks of one job that stand behind each other."""
 
 
 class Failure:
@@ -76,6 +81,9 @@ class Sink(Protocol):
 
     def resolve(self, index: int, result: Result) -> None:
         """The task of this index has this outcome."""
+
+    def resolve_run(self, index: int, results: Results) -> None:
+        """The tasks from this index on have these outcomes."""
 
     def drop(self, index: int) -> None:
         """The task of this index was cancelled before it had an outcome, and will have none."""

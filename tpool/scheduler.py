@@ -48,7 +48,6 @@ from tpool.messages import (
     FailTask,
     InitializerFailed,
     JobCancelled,
-    JobId,
     JobOpened,
     JobSealed,
     JobSubmitted,
@@ -58,7 +57,9 @@ from tpool.messages import (
     PoolTerminated,
     RecallSettled,
     Resized,
+    ResolveRun,
     ResolveTasks,
+    RunFinished,
     TaskFaltered,
     TasksFinished,
     TasksRecalled,
@@ -70,6 +71,7 @@ from tpool.messages import (
 )
 from tpool.roster import Worker, WorkerState
 from tpool.slots import Slots
+from tpool.task import JobId
 
 __all__ = ["MAX_START_FAILURES", "START_GRACE_SECONDS", "Scheduler"]
 
@@ -90,7 +92,8 @@ class Scheduler:
 
     Args:
         processes: how many workers the pool has at first.
-        max_tasks: how many calls a worker may run until it is replaced; None for any number. No task may weigh more.
+        max_tasks: how many calls a worker may run until it is replaced; None for any number. No task may weigh more or
+            be a span.
 
     Attributes:
         wake_at: when (as ``now`` counts) TimePassed should be said next; None while there is nothing to wait for.
@@ -190,7 +193,7 @@ class Scheduler:
     def has_started(self, job_id: JobId) -> bool:
         """Whether a worker holds a task of this job. Any thread may ask; a moment later it may be otherwise."""
         job = self._book.get(job_id)
-        return job is not None and job.unresolved > len(job.queued)
+        return job is not None and job.unresolved > job.waiting
 
     # Workers ------------------------------------------------------------------------------------------------------
 
@@ -239,32 +242,34 @@ class Scheduler:
         if worker.state is WorkerState.KILLED:
             return  # Legal: its tasks have failed already.
         outcomes, runs = worker.match(event.results)
-        held = worker.held
-        if len(outcomes) == len(held):
-            held.clear()
-        else:
-            for _ in outcomes:
-                held.popleft()
+        worker.pop_first(len(outcomes))
         self._out.append(ResolveTasks(outcomes))
         for job_id, count, seconds in runs:
-            job = self._book[job_id]
-            job.unresolved -= count
-            job.learn(seconds / count)
-            if job.sealed and not job.unresolved:
-                self._book.finish_if_over(job)
-        self._dispatcher.note_progress(worker)
-        if worker in self._killer.condemned:
-            self._killer.judge(worker)
+            self._book.note_answers(job_id, count, seconds)
+        self._note_progress(worker)
+
+    def _run_finished(self, event: RunFinished) -> None:
+        worker = self._slots.get(event.worker, "sent results")
+        if worker.state is WorkerState.KILLED:
+            return  # Legal: its tasks have failed already.
+        worker.check_run(event.job, event.index, count := len(event.results))
+        worker.pop_first(count)
+        self._out.append(ResolveRun(event.job, event.index, event.results))
+        self._book.note_answers(event.job, count, event.seconds)
+        self._note_progress(worker)
 
     def _task_faltered(self, event: TaskFaltered) -> None:
         worker = self._slots.get(event.worker, "sent a result")
         if worker.state is WorkerState.KILLED:
             return  # Legal: its tasks have failed already.
         outcomes, _ = worker.match([(event.job, event.index, event.result, event.seconds)])
-        task = worker.held.popleft()
-        if not self._book.try_again(task, None):
+        worker.pop_first(1)
+        if not self._book.try_again(outcomes[0][0], None):
             self._out.append(ResolveTasks(outcomes))
-            self._book.leave_unresolved([task])
+            self._book.leave_unresolved([outcomes[0][0]])
+        self._note_progress(worker)
+
+    def _note_progress(self, worker: Worker) -> None:
         self._dispatcher.note_progress(worker)
         if worker in self._killer.condemned:
             self._killer.judge(worker)
@@ -273,8 +278,8 @@ class Scheduler:
         worker = self._workers.get(event.worker)
         if worker is None or worker.state is WorkerState.KILLED:
             return  # Legal: its exit, or the end of the pool, came in between.
-        if worker.state is not WorkerState.ASKED or not 0 <= event.count <= len(worker.held):
-            story = f"{event.count} tasks were recalled, but it is {worker.state.name} and holds {len(worker.held)}"
+        if worker.state is not WorkerState.ASKED or not 0 <= event.count <= worker.load:
+            story = f"{event.count} tasks were recalled, but it is {worker.state.name} and holds {worker.load}"
             raise ProtocolError(f"worker {worker.id}: {story}")
         self._book.put_back(self._dispatcher.take_recalled(worker, event.count))
         if worker in self._killer.condemned:
@@ -291,16 +296,14 @@ class Scheduler:
 
     def _worker_exited(self, event: WorkerExited) -> None:
         worker = self._slots.get(event.worker, "exited")
-        held = worker.held
         if worker.state is not WorkerState.KILLED:  # Else its tasks have failed already, and nobody takes its place.
             count = event.unstarted + worker.sent - event.sent
-            if not 0 <= event.unstarted <= count <= len(held):
-                story = f"exited with {event.unstarted} of {event.sent} tasks unstarted, but it held {len(held)}"
+            if not 0 <= event.unstarted <= count <= worker.load:
+                story = f"exited with {event.unstarted} of {event.sent} tasks unstarted, but it held {worker.load}"
                 raise ProtocolError(f"worker {worker.id} {story} of {worker.sent}")
             unstarted = worker.pop_last(count)
-            lost = list(held)
-            held.clear()  # The clock of a task with a time limit stands still.
-            for task in lost:
+            # The clock of a task with a time limit stands still.
+            for task in [item for held in worker.pop_all() for item in held.items()]:
                 self._book.fail(task, event.cause, self._book[task.job].rules.retry_lost)
             self._book.put_back(unstarted)
         self._slots.remove(worker)
@@ -332,8 +335,7 @@ class Scheduler:
         """Fail all that is unresolved and kill all workers. Jobs that are not sealed yet wait until they are."""
         self._stopped, self._cause, self._error = True, cause, error
         for worker in self._workers.values():
-            self._out.extend(FailTask(task, cause) for task in worker.held)
-            worker.held.clear()
+            self._out.extend(FailTask(item, cause) for task in worker.pop_all() for item in task.items())
             self._killer.kill(worker)
         self._book.fail_all(cause)
 
@@ -369,6 +371,7 @@ class Scheduler:
         LoanWanted: _loan_wanted,
         WorkerReturned: _worker_returned,
         TasksFinished: _tasks_finished,
+        RunFinished: _run_finished,
         TaskFaltered: _task_faltered,
         TasksRecalled: _tasks_recalled,
         RecallSettled: _recall_settled,

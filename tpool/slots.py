@@ -21,8 +21,9 @@ from __future__ import annotations
 
 from tpool.dispatch import Dispatcher
 from tpool.errors import ProtocolError
-from tpool.messages import Slot, StartWorker, VacateSlot, WorkerId
+from tpool.messages import StartWorker, VacateSlot
 from tpool.roster import Worker, WorkerState
+from tpool.task import Slot, WorkerId
 
 __all__ = ["Slots"]
 
@@ -113,7 +114,7 @@ class Slots:
         worker.leaving = True
         self._leaving[worker] = None
         dispatcher = self._dispatcher
-        if worker.state is WorkerState.READY and len(worker.held) > 1 and not worker.recalled:
+        if worker.state is WorkerState.READY and worker.load > 1 and not worker.recalled:
             dispatcher.ask_back(worker)
         else:
             dispatcher.place(worker)

@@ -7,13 +7,15 @@ feeder  ◄─ room ◄──────┘ (as results are consumed)
 from __future__ import annotations
 
 import multiprocessing
+import threading
 from collections import deque
 from queue import SimpleQueue
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from tpool.engine import Result
 from tpool.loops import Bell
-from tpool.results import Failure, SharedFailure, decode
+from tpool.results import Failure, Results, SharedFailure
+from tpool.values import PLAIN, ValueResult, Values
 from tpool.waiting import Monitor
 
 T = TypeVar("T")
@@ -24,9 +26,10 @@ class Stream:
 
     The handler and the feeder hold this, never the iterator, so that an iterator nobody wants is collected.
 
-    Shared data: ``_by_index`` and ``_as_arrived`` are written by the handler (and the feeder, for items that cannot be
-    sent) and emptied by consumers, each in one atomic step; ``consumed`` is written by consumers. ``_news`` is for
-    waiting: a consumer notes that before it looks again, the handler adds before it looks who waits.
+    Shared data: producers (the handler, and the feeder for items that cannot be sent) put what comes next into
+    ``ready``, in order, under a lock that no consumer takes; a consumer takes it out in one atomic step, so that
+    whoever is interrupted loses one result at most. ``_produced`` counts what was put there, afterwards. ``_news`` is
+    for waiting: a consumer notes that before it looks again, a producer adds before it looks who waits.
 
     Args:
         story: what it is, for messages.
@@ -39,7 +42,6 @@ class Stream:
         self.result_nbytes: float | None = None if weigh else 0.0  # the mean of a result; None before the first
         self._weigh = weigh
         self._weighed = 0
-        self.consumed = 0
         self.seconds = 0.0  # of the latest result: how long its task ran
         self.cancelled = False
         self.unbounded = False  # nobody may ever consume, and somebody waits for the end
@@ -47,9 +49,13 @@ class Stream:
         self.room: SimpleQueue[None] = SimpleQueue()
         self.feeder_waits_below = -1
         self._ordered = ordered
-        self._by_index: dict[int, Result] = {}  # of an ordered stream
-        self._as_arrived: deque[Result] = deque()  # of an unordered one
-        self._next = 0
+        self.ready: deque[Any] = (
+            deque()
+        )  # Results and, as they are, values of PLAIN types; who takes one calls ``count``
+        self._produced = 0
+        self._producing = threading.Lock()
+        self._early: dict[int, list[Any]] = {}  # of an ordered stream: by index, what comes after something else
+        self._next = 0  # likewise: the index of what comes next
         self._length: int | None = None
         self._over = False  # its end was told
         self._end: Failure | SharedFailure | None = None
@@ -70,7 +76,7 @@ class Stream:
         result = self._pop()
         if result is None:
             result = self._wait(timeout)
-        self._count()
+        self.count()
         return result
 
     async def take_in_loop(self) -> Result:
@@ -95,7 +101,7 @@ class Stream:
                 raise StopAsyncIteration from None
             finally:
                 self._forget_bell(bell)
-        self._count()
+        self.count()
         return result
 
     def _forget_bell(self, bell: Bell) -> None:
@@ -104,24 +110,26 @@ class Stream:
             if bell in self._bells:
                 self._bells.remove(bell)
 
-    def _count(self) -> None:
-        self.consumed += 1
+    @property
+    def consumed(self) -> int:
+        """How many outcomes were taken; from any thread, and never too many."""
+        produced = self._produced  # first: it is counted after it was made ready
+        return produced - len(self.ready)
+
+    def count(self) -> None:
+        """Something was taken: tell whoever waits for that."""
         if self._waiting and self.consumed == self._length:
             self._notify()  # another consumer may have looked after we took the last and before we said so
-        if self.consumed >= self.feeder_waits_below >= 0:
+        if self.feeder_waits_below >= 0 and self.consumed >= self.feeder_waits_below:
             self.feeder_waits_below = -1
             self.room.put(None)
 
     def _pop(self) -> Result | None:
-        if self._ordered:
-            result = self._by_index.pop(self._next, None)
-            if result is not None:
-                self._next += 1
-            return result
         try:
-            return self._as_arrived.popleft()
+            item = self.ready.popleft()
         except IndexError:
             return None
+        return ValueResult(item, self.seconds) if type(item) in PLAIN else item
 
     def _wait(self, timeout: float | None) -> Result:
         token = object()
@@ -163,10 +171,32 @@ class Stream:
             self._weighed += 1
             mean = self.result_nbytes or 0.0
             self.result_nbytes = mean + (result.nbytes - mean) / self._weighed
-        if self._ordered:
-            self._by_index[index] = result
+        self._make_ready(index, [result])
+
+    def resolve_run(self, index: int, results: Results) -> None:
+        """See Sink."""
+        if self.cancelled or self._weigh:
+            for offset, result in enumerate(results):
+                self.resolve(index + offset, result)
+            return
+        if isinstance(results, Values):
+            self.seconds = results.seconds or self.seconds
+            self._make_ready(index, results.values)
         else:
-            self._as_arrived.append(result)
+            self.seconds = results[-1].seconds or self.seconds
+            self._make_ready(index, results)
+
+    def _make_ready(self, index: int, items: list[Any]) -> None:
+        with self._producing:
+            if not self._ordered:
+                self.ready.extend(items)
+                self._produced += len(items)
+            else:
+                self._early[index] = items
+                while (found := self._early.pop(self._next, None)) is not None:
+                    self._next += len(found)
+                    self.ready.extend(found)
+                    self._produced += len(found)
         if self._waiting and not self._told:
             self._notify()
 
@@ -183,7 +213,7 @@ class Stream:
 
     def has_consumable(self) -> bool:
         """See Sink."""
-        return self._next in self._by_index if self._ordered else bool(self._as_arrived)
+        return bool(self.ready)
 
     def may_take(self) -> bool:
         """Whether the consumer is busy, with results perhaps that it will drop, and not waiting for the next one."""
@@ -191,7 +221,7 @@ class Stream:
 
     def awaits_earlier(self) -> bool:
         """See Sink."""
-        return self._ordered and bool(self._by_index) and self._next not in self._by_index
+        return bool(self._early) and not self.ready
 
     def lift_back_pressure(self) -> None:
         """See Sink."""
@@ -211,10 +241,12 @@ class Stream:
 
     def discard(self) -> None:
         """Give back what nobody took."""
-        while self._as_arrived:
-            self._as_arrived.popleft().discard()
-        while self._by_index:
-            self._by_index.popitem()[1].discard()
+        while (result := self._pop()) is not None:
+            result.discard()
+        while self._early:
+            for item in self._early.popitem()[1]:
+                if type(item) not in PLAIN:
+                    item.discard()
 
     def _notify(self) -> None:
         self._told = True
@@ -238,7 +270,16 @@ class IMapIterator(Generic[T]):
         return self
 
     def __next__(self) -> T:
-        return self.next()
+        stream = self._stream
+        try:
+            item = stream.ready.popleft()
+        except IndexError:
+            return self.next()
+        stream.count()
+        if type(item) in PLAIN:
+            value: T = item
+            return value
+        return self._value(item)
 
     def next(self, timeout: float | None = None) -> T:
         """The next result.
@@ -272,8 +313,8 @@ class IMapIterator(Generic[T]):
 
     @staticmethod
     def _value(result: Result) -> T:
-        succeeded, value = decode(result)
-        if not succeeded:
+        value = result.take()
+        if result.failed:
             raise value
         item: T = value
         return item

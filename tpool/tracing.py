@@ -12,7 +12,7 @@ from tpool.local.crew import Life
 from tpool.local.encodings import Encoding
 from tpool.local.looks import Look
 from tpool.local.trace import DEFINITIONS, Record
-from tpool.messages import JobId
+from tpool.task import JobId
 from tpool.timeline.spans import EncodeSpan, LifeSpan, ReadSpan, Spans, TaskSpan
 from tpool.timeline.timeline import Timeline
 

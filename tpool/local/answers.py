@@ -9,6 +9,7 @@ from typing import Any
 from tpool.errors import DecodeError, RemoteTraceback
 from tpool.tensors.payload import Received
 from tpool.tensors.pickler import Codec
+from tpool.tensors.unpickler import loads_plain
 
 __all__ = ["LocalResult", "PlainResult", "take_failed"]
 
@@ -16,13 +17,12 @@ __all__ = ["LocalResult", "PlainResult", "take_failed"]
 class PlainResult:
     """A result that needs nothing but pickle; see ``tpool.engine.Result``."""
 
-    __slots__ = ("_codec", "_stream", "seconds")
+    __slots__ = ("_stream", "seconds")
     failed = False
 
-    def __init__(self, stream: bytes, seconds: float, codec: Codec) -> None:
+    def __init__(self, stream: bytes, seconds: float) -> None:
         self._stream = stream
         self.seconds = seconds
-        self._codec = codec
 
     @property
     def nbytes(self) -> int:
@@ -31,7 +31,7 @@ class PlainResult:
 
     def take(self) -> Any:
         """See Result."""
-        return self._codec.loads(self._stream)
+        return loads_plain(self._stream)
 
     def discard(self) -> None:
         """See Result."""

@@ -66,16 +66,24 @@ class JobCalls:
             DecodeError: the function or the argument could not be unpickled.
             BaseException: what the function raised; of a chunk, what the first call to fail raised.
         """
-        if self._payload is not None:
-            self._decode(codec)
-        if self._error is not None:
-            raise self._error.with_traceback(None)
-        function = self._function
+        function = self.ready_function(codec)
         argument: Any = codec.loads(received)
         marks.decoded = monotonic()
         if self._mode == Mode.CALL:
             return function(argument)
         return self._call_chunk(function, argument)
+
+    def ready_function(self, codec: Codec) -> Any:
+        """The function.
+
+        Raises:
+            DecodeError: it could not be unpickled; again and again.
+        """
+        if self._payload is not None:
+            self._decode(codec)
+        if self._error is not None:
+            raise self._error.with_traceback(None)
+        return self._function
 
     def _decode(self, codec: Codec) -> None:
         received, self._payload = self._payload, None

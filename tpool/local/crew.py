@@ -9,7 +9,7 @@ from typing import Any
 
 from tpool.local.outbox import Outbox
 from tpool.local.trace import Trace
-from tpool.messages import JobId
+from tpool.task import JobId
 from tpool.tensors.payload import Payload
 
 __all__ = ["Crew", "Life", "SlotRecord"]

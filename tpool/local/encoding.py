@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import pickle
 import weakref
 from collections.abc import Callable, Sequence
 from time import monotonic
@@ -16,8 +17,8 @@ from tpool.local import wire
 from tpool.local.crew import Crew, SlotRecord
 from tpool.local.hunger import Hunger
 from tpool.local.setup import PoolMemory
-from tpool.messages import JobId
 from tpool.outstanding import Piece
+from tpool.task import JobId
 from tpool.tensors.held import Holder, Reference
 from tpool.tensors.payload import HeldObject, Payload
 from tpool.tensors.plain import dumps_plain
@@ -117,6 +118,15 @@ class Encoder:
         if encodings is not None and (type(encoded) is not bytes or len(encoded) >= NOTED_NBYTES):
             encodings.note(began, monotonic(), wire.carried_nbytes(encoded))
         return encoded
+
+    @property
+    def packs_items(self) -> bool:
+        """See Engine; a timeline tells of each task."""
+        return self._encodings is None
+
+    def encode_items(self, items: tuple[Any, ...]) -> wire.Items:
+        """See Engine."""
+        return wire.Items(pickle.dumps(items, pickle.HIGHEST_PROTOCOL))
 
     def encode_call(self, function: Any, args: tuple[Any, ...], kwds: dict[str, Any]) -> Payload | bytes:
         """See Engine."""

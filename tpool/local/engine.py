@@ -40,7 +40,6 @@ from tpool.local.setup import PoolMemory, Settings, make_launcher
 from tpool.local.wire import Kind
 from tpool.messages import (
     Event,
-    JobId,
     KillWorker,
     LendWorker,
     RecallTasks,
@@ -51,6 +50,7 @@ from tpool.messages import (
     VacateSlot,
     WorkerExited,
 )
+from tpool.task import JobId
 from tpool.tensors.payload import Payload
 
 # How long the exit status of an ended worker is waited for. The zygote answers within a millisecond, unless it was

@@ -10,7 +10,8 @@ from tpool.local.channel import Frame
 from tpool.local.loans import Borrowed, Loan, Loans, Stage
 from tpool.local.member import Member
 from tpool.local.poller import Poller
-from tpool.messages import Event, JobId, LoanWanted, TasksFinished, WorkerId, WorkerReturned
+from tpool.messages import Event, LoanWanted, TasksFinished, WorkerReturned
+from tpool.task import JobId, WorkerId
 
 __all__ = ["Lending"]
 

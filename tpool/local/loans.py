@@ -27,7 +27,7 @@ from collections.abc import Callable
 from tpool.engine import Result, WorkerLoss
 from tpool.local.channel import Frame
 from tpool.local.member import Member
-from tpool.messages import JobId
+from tpool.task import JobId
 from tpool.tensors.payload import Payload
 from tpool.waiting import Flag
 

@@ -8,7 +8,7 @@ from tpool.local.lending import Lending
 from tpool.local.setup import PoolMemory
 from tpool.local.stacks import shorten
 from tpool.local.trace import Record
-from tpool.messages import JobId, WorkerId
+from tpool.task import JobId, WorkerId
 
 __all__ = ["Look"]
 

@@ -24,14 +24,15 @@ from tpool.local.wire import Kind, Status
 from tpool.messages import (
     Event,
     InitializerFailed,
-    JobId,
     RecallSettled,
+    RunFinished,
     TaskFaltered,
     TasksFinished,
     WorkerBecameReady,
-    WorkerId,
 )
+from tpool.task import JobId, WorkerId
 from tpool.tensors.payload import Received
+from tpool.values import Values
 
 logger = logging.getLogger("tpool")
 
@@ -116,7 +117,7 @@ class Member(Orders):
         results: Results = []
         for frame in frames:
             if frame.kind == _RESULT:
-                self._add_result(frame, results)
+                results = self._add_result(frame, results, events)
                 continue
             if results:
                 events.append(TasksFinished(self.id, results))
@@ -126,41 +127,50 @@ class Member(Orders):
             events.append(TasksFinished(self.id, results))
 
     def take_outbox(self, events: list[Event]) -> bool:
-        """Turn what it left in its outbox into an event; returns whether there was anything.
+        """Turn what it left in its outbox into events; returns whether there was anything.
 
         Raises:
             ProtocolError: it left something that cannot be.
         """
-        results: Results = []
-        self._add_left(None, results)
-        if results:
-            events.append(TasksFinished(self.id, results))
-        return bool(results)
+        before = self.held
+        self._add_left(None, events)
+        return self.held < before
 
     def plain_answer(self, frames: list[Frame]) -> Any:
         """The result in the answer to ``put_call``; None, and nothing is changed, where there is more to it."""
         frame = frames[0]
         if len(frames) > 1 or frame.kind != _RESULT or frame.fds or not wire.is_plain_result(frame.body):
             return None
-        results: Results = []
-        self._add_result(frame, results)
-        return results[0][2]
+        return self._add_result(frame, [], [])[0][2]
 
-    def _add_left(self, until: int | None, results: Results) -> None:
-        codec = self._codec
-        before, busy_seconds = self.held, 0.0
-        for job, index, seconds, stream in self.outbox.take(until):
-            self.held -= 1
-            busy_seconds += seconds
-            results.append((JobId(job), index, PlainResult(stream, seconds, codec), seconds))
-        self._record.tasks_done += before - self.held
-        self._record.busy_seconds += busy_seconds
+    def _add_left(self, until: int | None, events: list[Event]) -> None:
+        single: Results = []  # results that nothing stands beside: one event for many
+        for job, index, results, times, are_values in self.outbox.take(until):
+            count, seconds = len(times), sum(times)
+            found: Any = Values(results, seconds / count) if are_values else list(map(PlainResult, results, times))
+            if count == 1:
+                single.append((JobId(job), index, next(iter(found)), seconds))
+            else:
+                self._tell_results(single, events)
+                single = []
+                events.append(RunFinished(self.id, JobId(job), index, found, seconds))
+            self.held -= count
+            self._record.tasks_done += count
+            self._record.busy_seconds += seconds
+        self._tell_results(single, events)
 
-    def _add_result(self, frame: Frame, results: Results) -> None:
+    def _tell_results(self, results: Results, events: list[Event]) -> None:
+        if results:
+            events.append(TasksFinished(self.id, results))
+
+    def _add_result(self, frame: Frame, results: Results, events: list[Event]) -> Results:
+        """Add one to results of which nobody was told; gives what is not told, as others may have come before it."""
         body = frame.body
         job, index, seconds, status, text_nbytes, left_before = wire.unpack_head(wire.RESULT, body)
         if left_before != self.outbox.entries:
-            self._add_left(left_before, results)
+            self._tell_results(results, events)
+            results = []
+            self._add_left(left_before, events)
         self.outbox.replies = self.outbox.replies + 1 & 0xFFFFFFFF
         if self.starving:
             self._stop_starving()
@@ -177,6 +187,7 @@ class Member(Orders):
             self._memory.release_foreign()
         result = LocalResult(status == _ERROR, received, text, seconds, self._codec)
         results.append((JobId(job), index, result, seconds))
+        return results
 
     def _unpack(self, frame: Frame, position: int) -> Received:
         return wire.unpack_payload(frame.body, position, frame.fds, self._receive_block)[0]
@@ -224,11 +235,7 @@ class Member(Orders):
             raise ProtocolError(f"a frame of unknown kind {kind}")
 
     def _falter(self, frame: Frame, events: list[Event]) -> None:
-        results: Results = []
-        self._add_result(frame, results)
-        job, index, result, seconds = results.pop()
-        if results:
-            events.append(TasksFinished(self.id, results))
+        ((job, index, result, seconds),) = self._add_result(frame, [], events)
         events.append(TaskFaltered(self.id, job, index, result, seconds))
 
     # Its end --------------------------------------------------------------------------------------------------------

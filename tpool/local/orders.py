@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 from tpool.local import wire
 from tpool.local.channel import Channel
 from tpool.local.crew import Crew
 from tpool.local.setup import PoolMemory
-from tpool.local.wire import Kind
-from tpool.messages import JobId, Task
+from tpool.local.wire import Items, Kind
+from tpool.task import JobId, Task
 from tpool.tensors.leases import Block
 from tpool.tensors.payload import GroupId, HeldObject, Payload
 
@@ -57,22 +58,34 @@ class Orders:
 
     def put_tasks(self, tasks: list[Task]) -> None:
         """Give it tasks, with what it must know for them."""
-        plain = [(task.job, task.index, task.payload) for task in tasks if type(task.payload) is bytes]
         for job in dict.fromkeys([task.job for task in tasks]):
             if job not in self._sent_jobs:
                 self._put_job(job)
-        fds: list[int] = []
-        if len(plain) == len(tasks):
-            kind, body = Kind.PLAIN_TASKS, wire.pack_plain_tasks(plain)
+        if Items in {type(task.payload) for task in tasks}:
+            frames = [
+                frame
+                for spans, group in itertools.groupby(tasks, lambda task: type(task.payload) is Items)
+                for frame in (map(_pack_span, group) if spans else [self._pack(list(group))])
+            ]
         else:
-            kind, body = Kind.TASKS, self._pack_tasks(tasks, fds)
-        self._record.piped_nbytes += len(body)
+            frames = [self._pack(tasks)]
+        count = sum([task.count for task in tasks])
         # Before the tasks: a worker that finds no claim believes that its tasks were taken back.
-        os.eventfd_write(self.claims_fd, len(tasks))
-        self.held += len(tasks)
-        self.sent += len(tasks)
-        self.channel.put(kind, body, tuple(fds))
+        os.eventfd_write(self.claims_fd, count)
+        self.held += count
+        self.sent += count
+        for kind, body, fds in frames:
+            self._record.piped_nbytes += len(body)
+            self.channel.put(kind, body, fds)
         self.put_news()
+
+    def _pack(self, tasks: list[Task]) -> tuple[Kind, bytes, tuple[int, ...]]:
+        plain = [(task.job, task.index, task.payload) for task in tasks if type(task.payload) is bytes]
+        if len(plain) == len(tasks):
+            return Kind.PLAIN_TASKS, wire.pack_plain_tasks(plain), ()
+        fds: list[int] = []
+        body = self._pack_tasks(tasks, fds)
+        return Kind.TASKS, body, tuple(fds)
 
     def put_call(self, job: JobId, payload: Payload | bytes) -> None:
         """Give a worker that holds nothing one call, and write it out. By whoever has borrowed the member.
@@ -201,3 +214,8 @@ class Orders:
     def _stop_starving(self) -> None:
         self.starving = False
         self._crew.starving.pop(self, None)
+
+
+def _pack_span(task: Task) -> tuple[Kind, bytes, tuple[int, ...]]:
+    payload: Items = task.payload
+    return Kind.SPAN, wire.SPAN.pack(task.job, task.index, task.start, task.count) + payload.stream, ()

@@ -5,7 +5,7 @@ that has more tasks waiting puts a small result here, where it survives the work
 it has nothing else to do, and only before it goes to sleep asks for a bell::
 
     worker                                           parent
-    put: entry, then count                           sleep: bell := 1, then looks at count
+    put: entry, written, count                       sleep: bell := 1, then looks at count
          then looks at bell; 1: a frame by socket    awake: take: entries up to count, then read := where they end
 
 The last task's result, and any that is not small and plain, goes by socket. It says how many entries come before it,
@@ -13,11 +13,14 @@ and each entry how many such replies come before *it*, so the order is kept.
 
 All outboxes of a pool lie in one memfd, one after the other::
 
-    | count u64 | read u64 | bell u64 | transferred f64 | ... to 64 bytes | ring of RING_NBYTES | room for one header |
+    | count u64 | read u64 | bell u64 | transferred f64 | written u64 | ... to 64 bytes | ring | room for one header |
 
-``count`` is written by the worker and ``read`` by the parent; the bell is set by the parent and cleared by the worker.
-``transferred`` is the worker's, too: how many seconds it has spent on decoding and encoding so far. It stands here,
-and does not travel with each result, as that is all that is asked of it.
+``count`` (of entries) and ``written`` (where the last of them ends) are the worker's, ``read`` is the parent's, and
+the last two are in bytes since the beginning. The bell is set by the parent and cleared by the worker. What the worker
+has spent on decoding and encoding so far stands in ``transferred``, in seconds; it does not travel with each result,
+as that is all that is asked of it.
+
+That stores are seen in the order in which they were made is true of x86; on ARM this has never been run.
 """
 
 from __future__ import annotations
@@ -25,11 +28,13 @@ from __future__ import annotations
 import os
 import struct
 import threading
+from collections.abc import Sequence
+from typing import Any
 
 from tpool.errors import ProtocolError
 from tpool.tensors.memfd import PAGE_NBYTES, create_memfd, map_memfd, memfd_nbytes
 
-__all__ = ["MAX_DATA_NBYTES", "Entry", "Outbox", "Outboxes"]
+__all__ = ["MAX_DATA_NBYTES", "Outbox", "Outboxes", "Run"]
 
 RING_NBYTES = 15 * PAGE_NBYTES
 """Several messages' worth of small results. When it is full, results go by socket."""
@@ -37,19 +42,32 @@ RING_NBYTES = 15 * PAGE_NBYTES
 MAX_DATA_NBYTES = 1024
 """A longer result goes by socket: copying it costs as much."""
 
-_COUNT, _READ, _BELL = range(3)
+_COUNT, _READ, _BELL, _, _WRITTEN = range(5)
 _TRANSFERRED = slice(24, 32)
 _HEADER_NBYTES = 64
 _OUTBOX_NBYTES = 16 * PAGE_NBYTES
 # job, index, seconds, replies by socket before it, nbytes of the data that follow; each begins at a multiple of eight.
 _ENTRY = struct.Struct("<QQdII")
+# The same where the result is a number, which follows, or one of _CONSTANTS; what stands for nbytes then says which.
+_INT_ENTRY = struct.Struct("<QQdIIq")
+_FLOAT_ENTRY = struct.Struct("<QQdIId")
+_FLOAT = struct.Struct("<d")
+_CODE = struct.Struct("<I")
+_CODE_AT = 28
+_INT_CODE, _FLOAT_CODE, _CONSTANT_CODE = (0xFFFFFFF0 + number for number in range(3))
+_CODES = frozenset({_INT_CODE, _FLOAT_CODE, _CONSTANT_CODE})
+_CONSTANTS = (None, False, True)
+# An entry without data may be the last one; it is read as if it had a number.
+_PADDING = _INT_ENTRY.size - _ENTRY.size
+_MIN_INT, _MAX_INT = -(1 << 63), (1 << 63) - 1
 # In the place of a job: the ring goes on at its beginning.
 _SKIP = (1 << 64) - 1
 
 assert _HEADER_NBYTES + RING_NBYTES + _ENTRY.size <= _OUTBOX_NBYTES
 
-Entry = tuple[int, int, float, bytes]
-"""job, index, seconds the task ran, pickled result."""
+Run = tuple[int, int, list[Any], Sequence[float], bool]
+"""Results of tasks of one job that stand behind each other: job, index of the first, the results, how many seconds
+each task ran, and whether the results are values or pickled ones."""
 
 
 class Outbox:
@@ -61,12 +79,14 @@ class Outbox:
         transferred: one number, see above; written by the worker.
     """
 
-    __slots__ = ("_at", "_fence", "_ring", "_words", "entries", "replies", "transferred")
+    __slots__ = ("_at", "_fence", "_ring", "_room_until", "_start", "_words", "entries", "replies", "transferred")
 
     def __init__(self, region: memoryview) -> None:
         self._words = region[:_HEADER_NBYTES].cast("Q")
         self.transferred = region[_TRANSFERRED].cast("d")
         self._ring = region[_HEADER_NBYTES:]
+        self._start = 0  # in the worker: where in the ring the next entry goes
+        self._room_until = 0  # likewise: what was known of the room when it was last looked at
         self._at = 0  # bytes since the beginning of time: where the next entry goes, or comes from
         # Taking a lock is a full memory barrier, which a store is not: without one both sides could look too early.
         self._fence = threading.Lock()
@@ -75,7 +95,7 @@ class Outbox:
 
     def clear(self) -> None:
         """Begin anew; by the parent, before the worker is started."""
-        self._words[_COUNT] = self._words[_READ] = self._words[_BELL] = 0
+        self._words[_COUNT] = self._words[_READ] = self._words[_BELL] = self._words[_WRITTEN] = 0
         self.transferred[0] = 0.0
 
     # The worker's end -----------------------------------------------------------------------------------------------
@@ -83,30 +103,67 @@ class Outbox:
     def put(self, job: int, index: int, seconds: float, data: bytes) -> bool:
         """Add a result; False if there is no room for it."""
         nbytes = len(data)
-        if nbytes > MAX_DATA_NBYTES:
-            return False
-        at = self._at
         size = _ENTRY.size + nbytes + 7 & ~7
-        start = at % RING_NBYTES
-        skipped = RING_NBYTES - start if start + size > RING_NBYTES else 0
-        if at + skipped + size > self._words[_READ] + RING_NBYTES:
+        if nbytes > MAX_DATA_NBYTES or not self._make_room(size):
             return False
-        ring = self._ring
-        if skipped:
-            ring[start : start + 8] = b"\xff" * 8
-            at += skipped
-            start = 0
-        _ENTRY.pack_into(ring, start, job, index, seconds, self.replies, nbytes)
+        start = self._start
+        _ENTRY.pack_into(self._ring, start, job, index, seconds, self.replies, nbytes)
         start += _ENTRY.size
-        ring[start : start + nbytes] = data
-        self._at = at + size
-        self.entries += 1
-        self._words[_COUNT] = self.entries  # published: from here on the result survives us
+        self._ring[start : start + nbytes] = data
+        self._publish(size)
+        return True
+
+    def put_value(self, job: int, index: int, seconds: float, value: object) -> bool:
+        """Add a result that is a number, a truth or None; False if it is none, or if there is no room for it."""
+        kind = type(value)
+        if kind is int and _MIN_INT <= value <= _MAX_INT:  # type: ignore[operator]
+            pack, code = _INT_ENTRY.pack_into, _INT_CODE
+        elif kind is float:
+            pack, code = _FLOAT_ENTRY.pack_into, _FLOAT_CODE
+        elif value is None or kind is bool:
+            pack, code, value = _INT_ENTRY.pack_into, _CONSTANT_CODE, _CONSTANTS.index(value)
+        else:
+            return False
+        size = _INT_ENTRY.size
+        if (self._start + size > RING_NBYTES or self._at + size > self._room_until) and not self._make_room(size):
+            return False
+        pack(self._ring, self._start, job, index, seconds, self.replies, code, value)
+        # As _publish does; a call costs a tenth of all this.
+        self._start += size
+        self._at = self._words[_WRITTEN] = self._at + size
+        self.entries = self._words[_COUNT] = self.entries + 1
+        return True
+
+    def _make_room(self, nbytes: int) -> bool:
+        """See to it that an entry can stand at ``_start``; False while there is no room."""
+        if self._start + nbytes > RING_NBYTES and not self._skip_to_front(nbytes):
+            return False
+        if self._at + nbytes > self._room_until:
+            self._room_until = self._words[_READ] + RING_NBYTES
+            return self._at + nbytes <= self._room_until
+        return True
+
+    def _publish(self, nbytes: int) -> None:
+        """From here on the result survives us."""
+        self._start += nbytes
+        self._at = self._words[_WRITTEN] = self._at + nbytes
+        self.entries = self._words[_COUNT] = self.entries + 1
+
+    def _skip_to_front(self, nbytes: int) -> bool:
+        """Let the next entry stand at the ring's beginning; False while that is not free."""
+        skipped = RING_NBYTES - self._start
+        if self._at + skipped + nbytes > self._words[_READ] + RING_NBYTES:
+            return False
+        if skipped:
+            self._ring[self._start : self._start + 8] = b"\xff" * 8
+        self._at += skipped
+        self._start = 0
         return True
 
     def take_bell(self) -> bool:
         """Whether the parent sleeps and wants to hear of what was put; true once."""
-        self._pass_fence()
+        self._fence.acquire()
+        self._fence.release()
         if not self._words[_BELL]:
             return False
         self._words[_BELL] = 0
@@ -124,7 +181,7 @@ class Outbox:
         """Whether there is something to take, perhaps only after a reply on its way."""
         return bool(self._words[_COUNT] != self.entries)
 
-    def take(self, until: int | None = None) -> list[Entry]:
+    def take(self, until: int | None = None) -> list[Run]:
         """The entries that came, in order, as far as no reply belongs between them.
 
         Args:
@@ -142,31 +199,93 @@ class Outbox:
             return []
         if count - self.entries > RING_NBYTES // _ENTRY.size:
             raise ProtocolError(f"it speaks of {count} results in its outbox, {self.entries} were taken")
-        ring, at, replies = self._ring, self._at, self.replies
-        found: list[Entry] = []
-        for _ in range(count - self.entries):
-            start = at % RING_NBYTES
-            job, index, seconds, replies_before, nbytes = _ENTRY.unpack_from(ring, start)
+        count -= self.entries
+        try:
+            data = self._copy()
+            run = self._take_alike(count, data)
+            return self._take(count, data) if run is None else [run]
+        except struct.error as error:
+            raise ProtocolError("the entries of its outbox are cut off") from error
+
+    def _copy(self) -> bytes:
+        """What was written and not taken: to cut a result out of bytes costs a third of cutting it out of the ring."""
+        nbytes = self._words[_WRITTEN] - self._at
+        if not 0 < nbytes <= RING_NBYTES:
+            raise ProtocolError(f"it speaks of {nbytes} bytes in its outbox")
+        start = self._at % RING_NBYTES
+        data = bytes(self._ring[start : min(start + nbytes, RING_NBYTES)])
+        return b"".join((data, self._ring[: nbytes - len(data)], bytes(_PADDING)))
+
+    def _take_alike(self, count: int, data: bytes) -> Run | None:
+        """Take them all at once, if they are values of one kind, of tasks that stand behind each other; else None.
+
+        A value's entry has a fixed size: if the first one is a value, the second stands there where it is looked for.
+        """
+        nbytes = count * _INT_ENTRY.size
+        (code,) = _CODE.unpack_from(data, _CODE_AT)
+        if code not in _CODES or len(data) < nbytes + _PADDING:
+            return None
+        entry = _FLOAT_ENTRY if code == _FLOAT_CODE else _INT_ENTRY
+        jobs, indices, times, before, codes, found = zip(*entry.iter_unpack(data[:nbytes]), strict=True)
+        alike = jobs.count(jobs[0]) == before.count(self.replies) == codes.count(code) == count
+        if not alike or jobs[0] == _SKIP or indices != tuple(range(indices[0], indices[0] + count)):
+            return None
+        values = [_other_value(code, value, data, 0) for value in found] if code == _CONSTANT_CODE else list(found)
+        self._at += nbytes
+        self.entries += count
+        self._words[_READ] = self._at
+        return jobs[0], indices[0], values, times, True
+
+    def _take(self, count: int, data: bytes) -> list[Run]:
+        unpack, replies = _INT_ENTRY.unpack_from, self.replies
+        runs: list[Run] = []
+        of_job = following = -1
+        of_values = False
+        position = taken = 0
+        while taken < count:
+            job, index, seconds, replies_before, nbytes, value = unpack(data, position)
             if job == _SKIP:
-                at += RING_NBYTES - start
-                start = 0
-                job, index, seconds, replies_before, nbytes = _ENTRY.unpack_from(ring, 0)
+                position = RING_NBYTES - self._at % RING_NBYTES
+                job, index, seconds, replies_before, nbytes, value = unpack(data, position)
             if replies_before != replies:
                 break
-            start += _ENTRY.size
-            end = start + nbytes
-            if end > RING_NBYTES:
-                raise ProtocolError("the entries of its outbox overlap")
-            found.append((job, index, seconds, bytes(ring[start:end])))
-            at += _ENTRY.size + nbytes + 7 & ~7
-        self._at = at
-        self.entries += len(found)
-        self._words[_READ] = at
-        return found
+            is_value = nbytes >= _INT_CODE
+            if index != following or job != of_job or is_value is not of_values:
+                results: list[Any] = []
+                times: list[float] = []
+                of_job, of_values = job, is_value
+                runs.append((job, index, results, times, of_values))
+            if not is_value:
+                position += _ENTRY.size
+                end = position + nbytes
+                if end > len(data) - _PADDING:
+                    raise ProtocolError("the entries of its outbox overlap")
+                results.append(data[position:end])
+                position = end + 7 & ~7
+            else:
+                if nbytes != _INT_CODE:
+                    value = _other_value(nbytes, value, data, position)
+                results.append(value)
+                position += _INT_ENTRY.size
+            following = index + 1
+            times.append(seconds)
+            taken += 1
+        self._at += position
+        self.entries += taken
+        self._words[_READ] = self._at
+        return runs
 
     def _pass_fence(self) -> None:
         self._fence.acquire()
         self._fence.release()
+
+
+def _other_value(code: int, number: int, data: bytes, position: int) -> object:
+    if code == _FLOAT_CODE:
+        return _FLOAT.unpack_from(data, position + _ENTRY.size)[0]
+    if code != _CONSTANT_CODE or not 0 <= number < len(_CONSTANTS):
+        raise ProtocolError(f"its outbox has an entry of kind {code - _INT_CODE} and value {number}")
+    return _CONSTANTS[number]
 
 
 class Outboxes:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 from tpool.errors import ProtocolError
 from tpool.local.member import Member
-from tpool.messages import Event, WorkerId
+from tpool.messages import Event
+from tpool.task import WorkerId
 
 __all__ = ["Poller", "Ready", "Source"]
 

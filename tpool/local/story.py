@@ -6,7 +6,7 @@ import traceback
 from pathlib import Path
 
 # Frames of these modules above the user's code say nothing to the user.
-_NAMES = ("worker.py", "calls.py", "faltering.py", "lifetime.py", "seeding.py", "starring.py")
+_NAMES = ("worker.py", "calls.py", "faltering.py", "lifetime.py", "seeding.py", "spans.py", "starring.py")
 _OURS = {str(Path(__file__).with_name(name)) for name in _NAMES}
 _OURS.add(str(Path(__file__).parent.with_name("ray") / "tasks.py"))
 

@@ -41,6 +41,7 @@ class Kind(IntEnum):
     TRIM = 18
     PLAIN_TASKS = 19
     GRANT = 26
+    SPAN = 33
     OBJECT = 30
     DROP_OBJECTS = 31
 
@@ -82,6 +83,7 @@ _PLACE = struct.Struct("<QQ")
 TASK = struct.Struct("<QQ")
 RESULT = struct.Struct("<QQdBIQ")  # job, index, seconds, status, nbytes of the traceback, outbox entries before it
 JOB = struct.Struct("<QB")
+SPAN = struct.Struct("<QQII")  # job, index, which of the stream's items is the first, and how many follow from there
 
 ReceiveBlock = Callable[[int, int, int], Block]
 
@@ -147,6 +149,15 @@ def unpack_payload(body: bytes, position: int, fds: list[int], receive: ReceiveB
     taken = fds[:fd_count]
     del fds[:fd_count]
     return Received(data, blocks, taken), end
+
+
+class Items:
+    """The payload of a span, or of what is left of one: a plain stream of a tuple of light items."""
+
+    __slots__ = ("stream",)
+
+    def __init__(self, stream: bytes) -> None:
+        self.stream = stream
 
 
 def pack_plain_tasks(tasks: Any) -> bytes:

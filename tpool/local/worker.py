@@ -4,11 +4,11 @@
 
 One thread does it all, so a task starts only when the one before it has been answered.
 
-The claim: the parent adds one to an ``eventfd`` semaphore for each task *before* it sends it, and the worker takes
-one before each task it starts. What is left in the semaphore when the worker dies are exactly the tasks that were
-never started; and to take tasks back from behind a long one, the parent takes what is left itself. A worker that
-finds no claim therefore throws away what it has not started and says how many (``SETTLED``); the parent sends
-nothing until that number is what it took.
+The claim: the parent adds one to an ``eventfd`` semaphore for each task, and each item of a span, *before* it sends
+it, and the worker takes one before each that it starts. What is left in the semaphore when the worker dies are exactly
+those that were never started; and to take tasks back from behind a long one, the parent takes what is left itself. A
+worker that finds no claim therefore throws away what it has not started and says how many (``SETTLED``); the parent
+sends nothing until that number is what it took.
 
 Leases: a frame's blocks are leased as it is read. What dies here is given back with the next reply, and before this
 process blocks.
@@ -34,7 +34,9 @@ from tpool.local.faltering import Faltered
 from tpool.local.lifetime import Lifetime
 from tpool.local.outbox import Outboxes
 from tpool.local.outcomes import encode_error, encode_value
+from tpool.local.replies import Replies
 from tpool.local.retirement import end_program
+from tpool.local.spans import Span, SpanWork
 from tpool.local.stacks import tell_on_signal
 from tpool.local.trace import Trace
 from tpool.local.weight import weigh
@@ -46,7 +48,7 @@ from tpool.tensors.payload import GroupId, Payload, Received
 from tpool.tensors.pickler import Codec
 
 # Plain numbers: an enum's attribute costs more than the comparison, and these are looked at for each task.
-_PLAIN_TASKS = int(Kind.PLAIN_TASKS)
+_PLAIN_TASKS, _SPAN = int(Kind.PLAIN_TASKS), int(Kind.SPAN)
 _VALUE, _ERROR = int(Status.VALUE), int(Status.ERROR)
 
 Initializer = tuple[Any, tuple[Any, ...]]
@@ -67,7 +69,8 @@ class Worker:
         self._claims_fd = claims_fd
         self._parent = Peer("parent")
         self._table = leases.table()
-        self._tasks: deque[tuple[int, int, Received | bytes]] = deque()
+        self._replies = Replies(self._channel, self._table, self._parent)
+        self._tasks: deque[tuple[int, int, Received | bytes] | Span] = deque()
         self._jobs: dict[int, JobCalls] = {}
         self._retiring = False
         self._marks = Marks()
@@ -75,7 +78,6 @@ class Worker:
         self._lifetime: Lifetime | None = None
         self._pid = os.getpid()
         self._thread = threading.get_ident()
-        self._starving = False  # the parent was told, since the last reply, that we wait for memory
         self._hopeless = False
         self._group_error: DecodeError | None = None
         self._poll = select.poll()
@@ -94,7 +96,7 @@ class Worker:
             if not self._initialize(inherited):
                 return 1
             del inherited
-            self._send(Kind.READY)
+            self._replies.send(Kind.READY)
             self._serve()
         except (EOFError, BrokenPipeError, ConnectionResetError):
             return 0  # the pool is gone; whoever kills us is on the way
@@ -126,10 +128,12 @@ class Worker:
         self._table.reinstate(arena, hello.live_blocks, self._parent)
         self._table.add(self._attach(hello.caller_arena, caller_fd))
         outboxes = Outboxes(outboxes_fd)
-        self._outbox = outboxes.outbox(hello.outbox_index)
+        self._replies.outbox = outboxes.outbox(hello.outbox_index)
         outboxes.close()
+        singly = self._excess is not None  # which is asked after each task
+        self._span_work = SpanWork(self._claims_fd, self._replies, self._settle, self._finish_span, singly)
         self._arena = arena
-        self._known_arenas = {hello.slot_arena, hello.caller_arena}
+        self._replies.known_arenas = {hello.slot_arena, hello.caller_arena}
         self._memory = Memory(arena, self._wait_for_memory)
         self._codec = Codec(self._memory, baseline=self._baseline, sharing=hello.sharing, can_swap=hello.can_swap)
 
@@ -167,7 +171,7 @@ class Worker:
             if self._tasks:
                 self._next_task()
                 if self._excess is not None and (reason := self._excess()):
-                    self._send(Kind.OVERWEIGHT, reason.encode())
+                    self._replies.send(Kind.OVERWEIGHT, reason.encode())
                     return  # what it has not started goes to others
             elif self._retiring:
                 return
@@ -180,14 +184,14 @@ class Worker:
             story, self._lifetime = self._lifetime.end(), None
             if story is not None:
                 with contextlib.suppress(EOFError, OSError):  # the pool has ended, and nobody is left to tell
-                    self._send(Kind.EXIT_FAILED, story)
+                    self._replies.send(Kind.EXIT_FAILED, story)
         self._jobs.clear()
         token = self._codec.token.block
         del self._codec
         end_program()
         if token is not None:
             with contextlib.suppress(EOFError, OSError):  # the pool has ended
-                self._send(Kind.LINGERING, wire.pack_place(token.arena.id, token.offset))
+                self._replies.send(Kind.LINGERING, wire.pack_place(token.arena.id, token.offset))
                 while all(frame.kind != Kind.RETIRE for frame in self._channel.receive()):
                     pass  # see tpool.local.lingering
 
@@ -195,7 +199,7 @@ class Worker:
 
     def _read(self) -> None:
         """Handle what has arrived; blocks until something has."""
-        self._flush_give_backs()
+        self._replies.flush_give_backs()
         # Not in recvmsg: who sleeps there is also woken when the parent *reads* our last reply (the socket has room to
         # write again), which costs a switch of processes per task. poll() is told what it waits for.
         self._poll.poll()
@@ -206,6 +210,8 @@ class Worker:
         kind = frame.kind
         if kind == _PLAIN_TASKS:
             self._tasks.extend(wire.unpack_plain_tasks(frame.body))
+        elif kind == _SPAN:
+            self._tasks.append(Span(frame.body))
         elif kind == Kind.TASKS:
             self._take_tasks(frame)
         elif kind == Kind.GIVE_BACKS:
@@ -234,7 +240,7 @@ class Worker:
                 self._trace.note_definitions(began, monotonic(), wire.carried_nbytes(received))
         elif kind == Kind.ARENA:
             arena_id = wire.unpack_id(frame.body)
-            self._known_arenas.add(arena_id)
+            self._replies.known_arenas.add(arena_id)
             arena = self._attach(arena_id, frame.fds.pop())
             self._table.add(arena)
         elif kind == Kind.OBJECT:
@@ -248,7 +254,7 @@ class Worker:
             self._table.collect()  # which gives idle memory back where somebody waits for it
         elif kind == Kind.GRANT:
             self._memory.grant()
-            self._starving = False  # if it does not help, the parent is to hear of it again
+            self._replies.starving = False  # if it does not help, the parent is to hear of it again
         elif kind == Kind.HOPELESS:
             self._hopeless = True
         elif kind == Kind.RETIRE:
@@ -272,12 +278,20 @@ class Worker:
     # Running -------------------------------------------------------------------------------------------------------
 
     def _next_task(self) -> None:
+        task = self._tasks[0]
+        if isinstance(task, Span):
+            job = task.job  # which is forgotten by now, perhaps, if there is no claim
+            if not self._span_work.go_through(task, lambda: self._jobs[job].ready_function(self._codec)):
+                self._drop_recalled()
+            return
         try:
             os.eventfd_read(self._claims_fd)
         except BlockingIOError:
             self._drop_recalled()
             return
-        job, index, received = self._tasks.popleft()
+        job, index, received = task
+        del task
+        self._tasks.popleft()
         marks, trace = self._marks, self._trace
         started = marks.decoded = marks.ran = monotonic()
         if trace is not None:
@@ -292,34 +306,54 @@ class Worker:
             marks.fail(started)
             if type(error) is Faltered:
                 error, kind = error.error, Kind.FALTERED
-            if isinstance(error, DecodeError) and error.__cause__ is None:
-                error.__cause__ = self._group_error
-            payload, tb = encode_error(self._codec, error)
+            payload, tb = self._encode_error(error)
             status = _ERROR
         del received  # the arguments' leases end before the reply, so that they are given back with it
-        if os.getpid() != self._pid:
-            os._exit(1)  # the task forked and its child returned here; the reply is its parent's to give
-        finished = monotonic()
-        seconds = finished - started
-        # Before the reply: who has the result can ask for these numbers. One writer, so this need not be atomic.
-        self._outbox.transferred[0] += marks.decoded - started + finished - marks.ran
+        finished = self._finish(started)
         if trace is not None:
             sent_nbytes = len(payload) if type(payload) is bytes else wire.carried_nbytes(payload)
             trace.end(finished, marks.decoded, marks.ran, came_nbytes, sent_nbytes)
-        if type(payload) is bytes and self._tasks and self._leave(job, index, seconds, payload):
+        seconds = finished - started
+        if type(payload) is bytes and self._tasks and self._replies.leave(job, index, seconds, payload):
             return
-        text = tb.encode(errors="backslashreplace")
-        head = wire.RESULT.pack(job, index, seconds, status, len(text), self._outbox.entries)
-        self._outbox.replies = self._outbox.replies + 1 & 0xFFFFFFFF
-        self._reply(kind, head + text, payload)
+        self._replies.answer(kind, job, index, seconds, status, tb, payload)
 
-    def _leave(self, job: int, index: int, seconds: float, stream: bytes) -> bool:
-        """Leave a result in the outbox, as more tasks wait; False where it has to go by socket."""
-        if self._table.owes(self._parent) or not self._outbox.put(job, index, seconds, stream):
-            return False
-        if self._outbox.take_bell():
-            self._send(Kind.BELL)
-        return True
+    def _finish_span(self) -> bool:
+        """The last item of a span is begun: whether something is to be done after it."""
+        self._tasks.popleft()
+        return bool(self._tasks)
+
+    def _settle(self, job: int, index: int, started: float, held: list[Any], error: BaseException | None) -> None:
+        """An item of a span has an outcome that the outbox does not take as a plain value."""
+        marks, status, tb = self._marks, _VALUE, ""
+        marks.decoded, marks.ran = started, monotonic()
+        payload: Payload | bytes = b""
+        if error is None:
+            try:
+                payload = encode_value(self._codec, held.pop(), marks)
+            except BaseException as failure:
+                error = failure
+        if error is not None:
+            payload, tb = self._encode_error(error)
+            status = _ERROR
+        seconds = self._finish(started) - started
+        if type(payload) is bytes and self._tasks and self._replies.leave(job, index, seconds, payload):
+            return
+        self._replies.answer(Kind.RESULT, job, index, seconds, status, tb, payload)
+
+    def _encode_error(self, error: BaseException) -> tuple[Payload, str]:
+        if isinstance(error, DecodeError) and error.__cause__ is None:
+            error.__cause__ = self._group_error
+        return encode_error(self._codec, error)
+
+    def _finish(self, started: float) -> float:
+        """A task is done, but for its answer; returns when."""
+        if os.getpid() != self._pid:
+            os._exit(1)  # the task forked and its child returned here; the reply is its parent's to give
+        marks, finished = self._marks, monotonic()
+        # Before the reply: who has the result can ask for these numbers. One writer, so this need not be atomic.
+        self._replies.outbox.transferred[0] += marks.decoded - started + finished - marks.ran
+        return finished
 
     def _call(self, job: int, received: Received | bytes) -> Any:
         known = self._jobs.get(job)
@@ -331,45 +365,19 @@ class Worker:
     def _reply_failed_initializer(self, error: BaseException) -> None:
         payload, tb = encode_error(self._codec, error)
         text = tb.encode(errors="backslashreplace")
-        self._reply(Kind.INITIALIZER_FAILED, wire.pack_count(len(text)) + text, payload)
-
-    def _reply(self, kind: Kind, head: bytes, payload: Payload | bytes) -> None:
-        if isinstance(payload, bytes):
-            self._send(kind, head + wire.pack_payload(payload))
-            return
-        blocks = wire.all_blocks(payload)
-        if blocks:
-            for arena in {block.arena for block in blocks}:
-                if arena.id not in self._known_arenas:
-                    # A nested pool's arena: the parent maps it for as long as it uses a block of it.
-                    self._channel.put(Kind.ARENA, wire.pack_id(arena.id), (arena.fd,))
-            self._table.lend(blocks, self._parent)
-            blocks.clear()
-        self._send(kind, head + wire.pack_payload(payload), tuple(payload.fds))
-
-    def _queue_give_backs(self) -> None:
-        give_backs = self._table.take_give_backs(self._parent)
-        if give_backs:
-            self._channel.put(Kind.GIVE_BACKS, wire.pack_give_backs(give_backs))
-
-    def _flush_give_backs(self) -> None:
-        self._queue_give_backs()
-        if self._channel.backlogged:
-            self._channel.flush()
-
-    def _send(self, kind: Kind, body: bytes = b"", fds: tuple[int, ...] = ()) -> None:
-        self._starving = False
-        self._channel.put(kind, body, fds)
-        self._queue_give_backs()
-        self._channel.flush()
+        self._replies.reply(Kind.INITIALIZER_FAILED, wire.pack_count(len(text)) + text, payload)
 
     def _drop_recalled(self) -> None:
-        count = len(self._tasks)
-        for _, _, received in self._tasks:
-            if not isinstance(received, bytes):
-                received.discard()
-        self._tasks.clear()
-        self._send(Kind.SETTLED, wire.pack_count(count))
+        count = 0
+        while self._tasks:
+            task = self._tasks.popleft()
+            if isinstance(task, Span):
+                count += task.left
+                continue
+            count += 1
+            if not isinstance(task[2], bytes):
+                task[2].discard()
+        self._replies.send(Kind.SETTLED, wire.pack_count(count))
 
     def _wait_for_memory(self, seconds: float) -> bool:
         """Tell the parent that memory is short and read what it gives back meanwhile.
@@ -379,12 +387,12 @@ class Worker:
         """
         if os.getpid() != self._pid or threading.get_ident() != self._thread:
             return False  # only the thread that reads the channel can wait for what comes through it
-        if not self._starving:
+        if not self._replies.starving:
             self._hopeless = False
-            self._send(Kind.STARVING)
-            self._starving = True
+            self._replies.send(Kind.STARVING)
+            self._replies.starving = True
         else:
-            self._flush_give_backs()
+            self._replies.flush_give_backs()
         if self._poll.poll(seconds * 1000):
             for frame in self._channel.receive():
                 self._handle(frame)

@@ -26,7 +26,6 @@ from tpool.engine import WorkerAction
 from tpool.local.crew import SlotRecord
 from tpool.messages import (
     Event,
-    JobId,
     KillWorker,
     LendWorker,
     RecallTasks,
@@ -47,6 +46,7 @@ from tpool.ray.parcels import Parcel, pack
 from tpool.ray.private import PrivateMemory
 from tpool.ray.settings import RaySettings
 from tpool.ray.starting import Starting
+from tpool.task import JobId
 from tpool.tensors.definitions import Definitions
 from tpool.tensors.held import Holder, Reference
 from tpool.tensors.payload import HeldObject, Payload
@@ -72,6 +72,7 @@ class ActorEngine:
 
     sharing = "copy"
     shares_memory = False
+    packs_items = False  # a call of Ray's carries several tasks anyway
     logs = None
 
     def __init__(self, settings: RaySettings, cluster: Cluster, processes: int) -> None:
@@ -111,6 +112,10 @@ class ActorEngine:
         """See Engine; a snapshot. Never waits for memory: Ray spills what its store cannot hold."""
         stream = dumps_plain(obj)
         return self._pack(self._codec.dumps(obj)) if stream is None else stream
+
+    def encode_items(self, items: tuple[Any, ...]) -> Encoded:
+        """See Engine."""
+        raise AssertionError("tasks on Ray have one item each")
 
     def encode_call(self, function: Any, args: tuple[Any, ...], kwds: dict[str, Any]) -> Encoded:
         """See Engine."""

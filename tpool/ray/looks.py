@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from tpool.local.crew import SlotRecord
-from tpool.messages import JobId, WorkerId
 from tpool.ray.member import Member
+from tpool.task import JobId, WorkerId
 
 __all__ = ["RayLook"]
 

@@ -21,18 +21,17 @@ from tpool.local.crew import SlotRecord
 from tpool.messages import (
     Event,
     InitializerFailed,
-    JobId,
     RecallSettled,
     TaskFaltered,
     TasksFinished,
     TasksRecalled,
     WorkerBecameReady,
-    WorkerId,
 )
 from tpool.ray import parcels
 from tpool.ray.answers import RayResult
 from tpool.ray.journal import Journal, Record
 from tpool.ray.tasks import Answer, Call, Reply
+from tpool.task import JobId, WorkerId
 
 __all__ = ["Member", "SentCall", "Shared"]
 

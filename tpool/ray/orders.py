@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from tpool.local.crew import SlotRecord
-from tpool.messages import JobId, Task
 from tpool.ray.member import Member
 from tpool.ray.parcels import Parcel, pack
 from tpool.ray.tasks import Call
+from tpool.task import JobId, Task
 from tpool.tensors.definitions import Definitions
 from tpool.tensors.payload import GroupId, HeldObject
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from tpool.tensors.names import found_by_name
 
-__all__ = ["INLINE_NBYTES", "dumps_plain", "opcodes"]
+__all__ = ["INLINE_NBYTES", "dumps_plain", "light_nbytes", "opcodes"]
 
 INLINE_NBYTES = 32 * 1024
 """A longer stream lies in a block: below, a block costs more than bytes in a pipe; above, writes to it would block."""
@@ -72,5 +72,36 @@ def _is_simple(obj: Any, in_list: bool = False) -> bool:
         return found_by_name(obj)
     return kind in _CONTAINERS and not obj
 
+
+def light_nbytes(obj: Any, depth: int = 3) -> int:
+    """About how many bytes an object takes that may travel in a span; 0 for one that may not.
+
+    Light is what pickle alone can do, in few bytes, and what cannot change: a span is pickled later than it is drawn,
+    and what its items have in common arrives as one object.
+
+    Args:
+        obj: which.
+        depth: how deep tuples may lie in each other.
+    """
+    kind = type(obj)
+    if kind is int:
+        return 8 if -_INT64 <= obj < _INT64 else 0
+    if kind in _SHORT:
+        return 8
+    if kind in _LONG:
+        return len(obj) + 8 if len(obj) <= _LIGHT_NBYTES else 0
+    if kind is tuple and len(obj) <= _FEW and depth:
+        nbytes = 8
+        for part in obj:
+            part_nbytes = light_nbytes(part, depth - 1)
+            nbytes += part_nbytes
+            if not part_nbytes or nbytes > _LIGHT_NBYTES:
+                return 0
+        return nbytes
+    return 0
+
+
+_INT64 = 1 << 63
+_LIGHT_NBYTES = 256
 
 _is_simple_in_list = functools.partial(_is_simple, in_list=True)

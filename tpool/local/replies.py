@@ -1,0 +1,97 @@
+"""What a worker says to its parent: outcomes, by socket or by outbox, and the memory that it gives back with them."""
+
+from __future__ import annotations
+
+from tpool.local import wire
+from tpool.local.channel import Channel
+from tpool.local.outbox import Outbox
+from tpool.local.wire import Kind
+from tpool.tensors.lease_table import LeaseTable
+from tpool.tensors.leases import Peer
+from tpool.tensors.payload import Payload
+
+__all__ = ["Replies"]
+
+
+class Replies:
+    """The way to the parent; used by the worker's main thread only.
+
+    Args:
+        channel: to the parent.
+        table: of the leases.
+        parent: whom they are held from.
+
+    Attributes:
+        outbox: known once the parent has said which it is.
+        known_arenas: those that the parent has mapped.
+        starving: the parent was told, since the last reply, that we wait for memory.
+    """
+
+    outbox: Outbox
+
+    def __init__(self, channel: Channel, table: LeaseTable, parent: Peer) -> None:
+        self.known_arenas: set[int] = set()
+        self.starving = False
+        self._channel = channel
+        self._table = table
+        self._parent = parent
+
+    def answer(
+        self, kind: Kind, job: int, index: int, seconds: float, status: int, tb: str, payload: Payload | bytes
+    ) -> None:
+        """The outcome of a task, by socket."""
+        text = tb.encode(errors="backslashreplace")
+        outbox = self.outbox
+        head = wire.RESULT.pack(job, index, seconds, status, len(text), outbox.entries)
+        outbox.replies = outbox.replies + 1 & 0xFFFFFFFF
+        self.reply(kind, head + text, payload)
+
+    def leave(self, job: int, index: int, seconds: float, stream: bytes) -> bool:
+        """Leave a result in the outbox, as more tasks wait; False where it has to go by socket."""
+        if self._table.owes(self._parent) or not self.outbox.put(job, index, seconds, stream):
+            return False
+        if self.outbox.take_bell():
+            self.send(Kind.BELL)
+        return True
+
+    def leave_value(self, job: int, index: int, seconds: float, value: object) -> bool:
+        """As ``leave``, for a result that need not be pickled, where it is one."""
+        outbox = self.outbox
+        if self._table.owes(self._parent) or not outbox.put_value(job, index, seconds, value):
+            return False
+        if outbox.take_bell():
+            self.send(Kind.BELL)
+        return True
+
+    def reply(self, kind: Kind, head: bytes, payload: Payload | bytes) -> None:
+        """A frame with a payload, whose blocks are the parent's from now on."""
+        if isinstance(payload, bytes):
+            self.send(kind, head + wire.pack_payload(payload))
+            return
+        blocks = wire.all_blocks(payload)
+        if blocks:
+            for arena in {block.arena for block in blocks}:
+                if arena.id not in self.known_arenas:
+                    # A nested pool's arena: the parent maps it for as long as it uses a block of it.
+                    self._channel.put(Kind.ARENA, wire.pack_id(arena.id), (arena.fd,))
+            self._table.lend(blocks, self._parent)
+            blocks.clear()
+        self.send(kind, head + wire.pack_payload(payload), tuple(payload.fds))
+
+    def send(self, kind: Kind, body: bytes = b"", fds: tuple[int, ...] = ()) -> None:
+        """Any other frame; what died here is given back with it."""
+        self.starving = False
+        self._channel.put(kind, body, fds)
+        self._queue_give_backs()
+        self._channel.flush()
+
+    def flush_give_backs(self) -> None:
+        """Give back what died here, before this process blocks."""
+        self._queue_give_backs()
+        if self._channel.backlogged:
+            self._channel.flush()
+
+    def _queue_give_backs(self) -> None:
+        give_backs = self._table.take_give_backs(self._parent)
+        if give_backs:
+            self._channel.put(Kind.GIVE_BACKS, wire.pack_give_backs(give_backs))
