@@ -151,7 +151,7 @@ def test_a_gpu_that_is_not_there():
 def test_a_worker_that_keeps_too_much_is_replaced(method, caplog):
     with tpool.Pool(1, context=method) as pool:
         begins_with = pool.apply(weight.private_nbytes)  # its part of all that this process is, where that is forked
-    limit = begins_with + (600 << 20)
+    limit = begins_with + (500 << 20)
     with caplog.at_level(logging.WARNING, "tpool"), tpool.Pool(1, context=method, max_memory=limit) as pool:
         first = pool.apply(tasks.get_pid)
         kept = pool.map(tasks.keep, [400 << 20, 10, 400 << 20, 10, 10], chunksize=1)
