@@ -85,7 +85,7 @@ class Stacks:
                 return None
             try:
                 return self._ask(pid, pidfd)
-            except (ProcessLookupError, FileNotFoundError):
+            except (OSError, ValueError, IndexError):  # it ends, and Linux tells less and less of it
                 return None
             finally:
                 os.close(pidfd)
