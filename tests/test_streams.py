@@ -313,16 +313,16 @@ def test_bad_progress(pool, name):
         getattr(pool, name)(tasks.double, [1], progress="yes")
 
 
+def hear_of_the_end(stream, ended):
+    with pytest.raises(StopIteration):
+        stream.take(DEADLINE)
+    ended.append(True)
+
+
 def test_consumers_who_sleep_hear_of_the_end_from_whoever_takes_the_last():
     stream = Stream("a stream", ordered=False)
     ended = []
-
-    def consume():
-        with pytest.raises(StopIteration):
-            stream.take(DEADLINE)
-        ended.append(True)
-
-    second = threading.Thread(target=consume)
+    second = threading.Thread(target=hear_of_the_end, args=(stream, ended))
     second.start()
     wait_until(lambda: stream._waiting, DEADLINE)
     stream._told = True  # as if it had been woken for an earlier result, and was asleep again
@@ -370,13 +370,7 @@ def test_consumers_of_one_iterator_all_hear_of_its_end():
     stream.resolve(0, Failure(ValueError()))
     stream.set_length(1)
     ended = []
-
-    def consume():
-        with pytest.raises(StopIteration):
-            stream.take(DEADLINE)
-        ended.append(True)
-
-    second = threading.Thread(target=consume)
+    second = threading.Thread(target=hear_of_the_end, args=(stream, ended))
     count = stream.count
 
     def count_late():
