@@ -145,7 +145,8 @@ class Bench:
         slabs = Slabs(self.memory.allocate, [])
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            moving.move_storage(storage, storage.data_ptr(), *slabs.claim(4096), tensor)
+            target = slabs.storage(*slabs.claim(4096), 4096)
+            moving.move_storage(storage, storage.data_ptr(), 4096, target, tensor)
 
     def reduce(self, tensors: list[torch.Tensor]) -> Outgoing:
         outgoing = Outgoing(self.memory)

@@ -144,6 +144,24 @@ def test_results_are_decoded_by_whoever_asks(pool):
     assert result.result().loaded_in == threading.current_thread().name
 
 
+@pytest.mark.parametrize("name", ["apply_async", "map_async"])
+def test_a_value_that_an_interrupt_took_is_missed_by_whoever_asks_again(pool, monkeypatch, name):
+    """Not None, and not a list without what was lost."""
+    result = getattr(pool, name)(tasks.identity, ([1],))
+    once = type(result)._decode_once
+
+    def interrupted(self):
+        once(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(result), "_decode_once", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        result.get(DEADLINE)
+    monkeypatch.undo()
+    with pytest.raises(tpool.TpoolError, match="was lost: who asked first was interrupted"):
+        result.get(DEADLINE)
+
+
 def test_a_call_after_the_end_of_the_callback_thread_is_made():
     callbacks = Callbacks("test")
     callbacks.prepare()

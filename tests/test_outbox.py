@@ -8,14 +8,20 @@ from collections.abc import Iterator
 
 import pool_tasks as tasks
 import pytest
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from support import wait_until
 
 import tpool
 from tpool.errors import ProtocolError
 from tpool.local import outbox as module
-from tpool.local.outbox import MAX_DATA_NBYTES, RING_NBYTES, Outbox, Outboxes
+from tpool.local.answers import LocalResult
+from tpool.local.member import Member
+from tpool.local.outbox import MAX_DATA_NBYTES, RING_NBYTES, Form, Outbox, Outboxes
+from tpool.local.poller import Poller
+from tpool.tensors import leases
 
 
 @pytest.fixture
@@ -43,6 +49,7 @@ class OutboxMachine(RuleBasedStateMachine):
         self.worker, self.parent = self.outboxes.outbox(0), self.outboxes.outbox(0)
         self.socket: deque[tuple[int, int]] = deque()  # number of the result, entries before it
         self.values: dict[int, tuple[object]] = {}
+        self.payloads: set[int] = set()
         self.next = 0
         self.expected = 0
 
@@ -53,14 +60,25 @@ class OutboxMachine(RuleBasedStateMachine):
         assert self.expected == self.next  # everything arrived
         self.outboxes.close()
 
-    @rule(nbytes=st.integers(0, MAX_DATA_NBYTES + 1), count=st.integers(1, 100))
-    def answer(self, nbytes: int, count: int) -> None:
+    @rule(nbytes=st.integers(0, MAX_DATA_NBYTES + 1), count=st.integers(1, 100), handles=st.booleans())
+    def answer(self, nbytes: int, count: int, handles: bool) -> None:
         for _ in range(count):
             data = struct.pack("<Q", self.next) + bytes(nbytes)
-            if not self.worker.put(7, self.next, 0.5, data):
+            if handles:
+                self.answer_with_handles(data)
+            elif not self.worker.put(7, self.next, 0.5, data):
                 self.reply()
             else:
                 self.next += 1
+
+    def answer_with_handles(self, data: bytes) -> None:
+        """As a worker does, which begins leases in between."""
+        if not self.worker.has_room(data):
+            self.reply()
+            return
+        assert self.worker.put(7, self.next, 0.5, data, handles=True), "there was no room, after all"
+        self.payloads.add(self.next)
+        self.next += 1
 
     @rule(values=st.lists(VALUES, min_size=1, max_size=100))
     def answer_with_values(self, values: list[object]) -> None:
@@ -96,11 +114,12 @@ class OutboxMachine(RuleBasedStateMachine):
         self.expected += 1
 
     def check(self, runs: list[module.Run]) -> None:
-        for job, first, results, times, are_values in runs:
+        for job, first, results, times, form in runs:
             assert (job, first, list(times)) == (7, self.expected, [0.5] * len(results))
             for result in results:
                 expected = self.values.pop(self.expected, None)
-                assert are_values == (expected is not None)
+                assert (form is Form.VALUE) == (expected is not None)
+                assert (form is Form.PAYLOAD) == (self.expected in self.payloads)
                 if expected is None:
                     assert result[:8] == struct.pack("<Q", self.expected)
                 else:
@@ -204,6 +223,98 @@ def test_what_was_left_before_a_crash_arrives_and_one_task_is_lost(fatal: int) -
             except tpool.WorkerLostError:
                 outcomes[index] = "lost"
     assert [index for index, outcome in outcomes.items() if outcome == "lost"] == [fatal]
+
+
+def tensor_or_die(item: tuple[int, int]) -> torch.Tensor:
+    return torch.full((20,), die_at(item))
+
+
+@pytest.fixture
+def left_by_handle(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """The payloads with handles that came by outbox."""
+    seen: list[bytes] = []
+    receive = Member._receive_left
+
+    def noted(self: Member, body: bytes, seconds: float) -> LocalResult:
+        seen.append(body)
+        return receive(self, body, seconds)
+
+    monkeypatch.setattr(Member, "_receive_left", noted)
+    return seen
+
+
+@pytest.mark.parametrize("fatal", [300, 377, 555])
+def test_tensors_that_were_left_before_a_crash_arrive_too(fatal: int, left_by_handle: list[bytes]) -> None:
+    for _ in until_many(left_by_handle):
+        lost = []
+        with tpool.Pool(1) as pool:
+            results = pool.imap(tensor_or_die, [(index, fatal) for index in range(1000)])
+            for index in range(1000):
+                try:
+                    assert torch.equal(next(results), torch.full((20,), index))
+                except tpool.WorkerLostError:
+                    lost.append(index)
+        assert lost == [fatal]
+
+
+def test_the_memory_of_tensors_that_were_left_is_given_back(left_by_handle: list[bytes]) -> None:
+    with tpool.Pool(2) as pool:
+        for _ in until_many(left_by_handle):
+            kept = list(pool.imap_unordered(tasks.make_tensor, range(1500)))
+            assert sorted(int(tensor[0]) for tensor in kept) == list(range(1500))
+        del kept[5:]
+        wait_until(lambda: in_use(pool) == len(kept), 30, "the others are given back")
+        assert all(bool((tensor == tensor[0]).all()) for tensor in kept)
+        kept.clear()
+        wait_until(lambda: in_use(pool) == 0, 30, "all are given back")
+
+
+nested: list[tpool.Pool] = []
+
+
+def open_nested() -> None:
+    nested.append(tpool.Pool(1))
+    nested[0].apply(tasks.identity, (1,))
+
+
+def close_nested() -> None:
+    with nested.pop() as pool:
+        pool.close()
+        pool.join()
+
+
+def tensor_or_nested(index: int) -> torch.Tensor:
+    return nested[0].apply(tasks.make_tensor, (index,)) if index == 400 else torch.full((20,), float(index))
+
+
+def test_a_nested_pools_memory_outlives_what_was_left_before_it(
+    left_by_handle: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its arena comes right before the result that needs it; only then what lies in the outbox is taken, here."""
+    monkeypatch.setattr(Poller, "take_outboxes", lambda self, events, give_up: None)
+    with tpool.Pool(1, open_nested, worker_exit=close_nested) as pool:
+        for _ in until_many(left_by_handle):
+            for index, tensor in enumerate(pool.imap(tensor_or_nested, range(500))):
+                assert float(tensor[0]) == index
+        del tensor
+        pool.close()
+        pool.join()
+
+
+def until_many(left: list[bytes]) -> Iterator[int]:
+    """Again and again until many results were left: on a busy machine tasks may be too slow to be sent ahead."""
+    for attempt in range(10):
+        yield attempt
+        if len(left) > 300:
+            return
+    pytest.fail(f"of thousands of results only {len(left)} were left")
+
+
+def in_use(pool: tpool.Pool) -> int:
+    """How many blocks of its workers' arenas live in this process."""
+    table = leases.table()
+    table.collect()
+    return sum(len(table._mapped[arena.id].offsets) for arena in pool._engine._memory._slots)
 
 
 def test_a_result_does_not_wait_for_the_long_task_behind_it(tmp_path: object) -> None:

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kinds import KINDS, quiet
 
-from tpool.tensors import leases
+from tpool.tensors import leases, moving, torch_private
 from tpool.tensors.extents import ALIGNMENT
 from tpool.tensors.pickler import Codec
 from tpool.tensors.slabs import ALONE, SLAB_NBYTES, SMALL_NBYTES, Slabs
@@ -209,3 +209,44 @@ def test_a_storage_of_a_later_message_does_not_land_in_an_old_slab(peering: Peer
     for tensor in tensors[5:]:
         second.place(tensor.untyped_storage(), tensor)
     assert not {block.offset for block in first.blocks} & {block.offset for block in second.blocks}
+
+
+@pytest.mark.parametrize("moment", ["before the copy", "after the copy", "after the last look"])
+def test_a_signal_handler_that_sends_what_is_being_sent(
+    peering: Peering, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """In the same thread, in the middle of the move; played by what the move calls."""
+    codec = codec_for(peering.arena, "share")
+    tensor = torch.full((1000,), 7.0)
+    inner: list[Any] = []
+    copy, look = moving._memmove, torch_private.only_owner
+
+    def interrupt() -> None:
+        if not inner:
+            inner.append(None)
+            inner[0] = codec.dumps(tensor)
+            tensor.add_(1)  # which the receiver of the inner message is to see
+
+    def copy_interrupted(*arguments: int) -> None:
+        if moment == "before the copy":
+            interrupt()
+        copy(*arguments)
+        if moment == "after the copy":
+            interrupt()
+
+    def look_interrupted(*arguments: Any) -> bool:
+        found = look(*arguments)
+        if moment == "after the last look":
+            interrupt()
+        return found
+
+    monkeypatch.setattr(moving, "_memmove", copy_interrupted)
+    monkeypatch.setattr(torch_private, "only_owner", look_interrupted)
+    outer = codec.dumps(tensor)
+    monkeypatch.undo()
+    assert bool(tensor.eq(8).all())
+    for payload in (inner[0], outer):
+        assert bool(codec.loads(peering.ask("", payload, act="echo")).eq(8).all())
+        tensor.add_(1)
+        tensor.sub_(1)
+    assert len({payload.blocks[0].offset for payload in (inner[0], outer)}) == 1

@@ -360,6 +360,17 @@ def test_a_span_is_cut_where_it_is_told():
     assert [(item.index, item.start, item.count) for item in span.items()] == [(12, 2, 1), (13, 3, 1), (14, 4, 1)]
 
 
+def test_looking_at_a_spans_items_changes_nothing():
+    span = Task(JobId(1), 7, "payload", count=5, start=2)
+    looked_at = itertools.islice(span.singly(), 3)
+    assert [(task.index, task.start, task.count, task.payload) for task in looked_at] == [
+        (7 + place, 2 + place, 1, "payload") for place in range(3)
+    ]
+    assert (span.index, span.start, span.count) == (7, 2, 5)
+    assert [task.index for task in span.singly()] == [task.index for task in span.items()] == [7, 8, 9, 10, 11]
+    assert list(span.singly()) == [span]
+
+
 @given(
     sizes=st.lists(st.integers(1, 9), min_size=1, max_size=8),
     pops=st.lists(st.tuples(st.booleans(), st.integers(1, 20)), max_size=8),

@@ -13,11 +13,13 @@ import torch
 from support import wait_until
 
 import tpool
+from tpool.feeder import LOOK_AGAIN_WIDE, WIDE_NBYTES
 from tpool.results import Failure
 from tpool.streams import Stream
 from tpool.values import Values
 
 DEADLINE = 30
+LARGE = 1 << 16  # elements of four bytes
 CALLS = ["map", "map_unordered", "starmap", "imap", "imap_unordered", "istarmap", "istarmap_unordered"]
 
 
@@ -200,6 +202,27 @@ def test_large_items_after_many_small_ones_count_at_once(pool, chunksize):
     let_it_draw()
     assert drawn - 20_000 <= (6 if chunksize == 1 else 2 * chunksize)
     del iterator
+
+
+def test_a_slow_consumer_of_large_results_of_short_tasks_holds_few_of_them(pool):
+    """The wide window of microsecond tasks, 1024 items here, is for results that are small."""
+    drawn = 0
+
+    def sizes():
+        nonlocal drawn
+        for _ in range(20_000):
+            drawn += 1
+            yield LARGE
+
+    results = pool.imap_unordered(torch.empty, sizes())
+    for taken in range(1, 1501):
+        next(results)
+        if taken % 50 == 0:  # a break, in which it draws what it will
+            before = -1
+            while drawn != before:
+                before = drawn
+                threading.Event().wait(0.02)
+            assert drawn - taken <= max(WIDE_NBYTES // (4 * LARGE), 4 * 2) + LOOK_AGAIN_WIDE
 
 
 def test_a_budget_below_one_item_still_goes_on(pool):

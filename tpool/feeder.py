@@ -4,7 +4,8 @@ A slow, blocked or raising iterable, and slow user reducers, are this thread's a
 
 Back-pressure: at most ``window`` items are drawn and not yet consumed, and beyond a handful no more than
 ``max_nbytes``; shared memory that several items refer to counts once. The default window is a few tasks per worker;
-only tasks that run for microseconds and carry little get a wider one, since they travel many to a message.
+only tasks that run for microseconds and carry little get a wider one, since they travel many to a message, and then as
+many as their results are not too large for.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ WIDE_TASKS_PER_WORKER = 512
 WIDE_SECONDS = 10e-3
 MAX_TASKS_PER_WORKER = 896
 WIDE_TASK_SECONDS = 200e-6
+# But no more than whose results hold so many bytes.
+WIDE_NBYTES = 32 << 20
 LOOK_AGAIN = 16
 LOOK_AGAIN_WIDE = 64
 WIDE_ITEM_NBYTES = 4096
@@ -190,6 +193,8 @@ class Feeder:
         elif self._wide:
             each_worker = min(MAX_TASKS_PER_WORKER, int(WIDE_SECONDS / self._stream.seconds))
             limit = max(WIDE_TASKS_PER_WORKER, each_worker) * processes
+            each_nbytes = max(1, self._stream.latest_nbytes)  # read once: the handler's thread writes it
+            limit = max(TASKS_PER_WORKER * processes, min(limit, WIDE_NBYTES // each_nbytes))
         else:
             limit = TASKS_PER_WORKER * processes
         if result_nbytes is None:

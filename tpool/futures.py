@@ -264,9 +264,12 @@ class AsyncResult(Future[T]):
             return self._decoded
 
     def _decode_once(self) -> tuple[bool, Any]:
-        assert self._outcome is not None
         result, self._outcome = self._outcome, None
-        return decode(result)
+        return self._lost() if result is None else decode(result)
+
+    def _lost(self) -> tuple[bool, Any]:
+        """What to say where an interrupt came between two steps of ``_decode_once`` before."""
+        return False, TpoolError(f"the value of {self.story} was lost: who asked first was interrupted")
 
     # The handler's side ---------------------------------------------------------------------------------------------
 

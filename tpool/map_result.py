@@ -69,6 +69,8 @@ class MapResult(AsyncResult[list[T]]):
                 if result is not failure:
                     result.discard()
             return decode(failure)
+        if len(chunks) != self._expected:
+            return self._lost()
         values: list[Any] = []
         for index in range(len(chunks)) if self._ordered else list(chunks):  # which keeps the order of arrival
             succeeded, value = decode(chunks.pop(index))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import enum
 from collections import deque
 from collections.abc import Iterator
@@ -216,7 +215,4 @@ class Worker:
     def _singly(self) -> Iterator[Task]:
         """What it holds, with each item of a span as a task; nothing is changed."""
         for task in self.held:
-            if task.count == 1:
-                yield task
-            else:
-                yield from copy.copy(task).items()
+            yield from task.singly()

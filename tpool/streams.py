@@ -43,6 +43,7 @@ class Stream:
         self._weigh = weigh
         self._weighed = 0
         self.seconds = 0.0  # of the latest result: how long its task ran
+        self.latest_nbytes = 0  # likewise: how large it is
         self.cancelled = False
         self.unbounded = False  # nobody may ever consume, and somebody waits for the end
         # Wakes the feeder; SimpleQueue.put may be called from a finalizer.
@@ -167,10 +168,11 @@ class Stream:
             result.discard()
             return
         self.seconds = result.seconds or self.seconds
+        self.latest_nbytes = nbytes = result.nbytes
         if self._weigh:
             self._weighed += 1
             mean = self.result_nbytes or 0.0
-            self.result_nbytes = mean + (result.nbytes - mean) / self._weighed
+            self.result_nbytes = mean + (nbytes - mean) / self._weighed
         self._make_ready(index, [result])
 
     def resolve_run(self, index: int, results: Results) -> None:
@@ -181,9 +183,11 @@ class Stream:
             return
         if isinstance(results, Values):
             self.seconds = results.seconds or self.seconds
+            self.latest_nbytes = ValueResult.nbytes
             self._make_ready(index, results.values)
         else:
             self.seconds = results[-1].seconds or self.seconds
+            self.latest_nbytes = results[-1].nbytes
             self._make_ready(index, results)
 
     def _make_ready(self, index: int, items: list[Any]) -> None:

@@ -47,6 +47,14 @@ class Task:
         self.count -= count
         return head
 
+    def singly(self) -> Iterator[Task]:
+        """What ``items`` would give, with nothing changed; of a span as far as somebody looks."""
+        if self.count == 1:
+            yield self
+            return
+        for place in range(self.count):
+            yield Task(self.job, self.index + place, self.payload, self.weight, start=self.start + place)
+
     def items(self) -> Iterator[Task]:
         """The items of a span, each as a task of its own; any other task itself."""
         while self.count > 1:

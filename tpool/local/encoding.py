@@ -104,7 +104,7 @@ class Encoder:
         if nbytes == 0:
             return torch.empty(size, dtype=dtype, device="cpu")
         self._patience.set_patience(None)
-        block = self._codec.memory.allocate(nbytes)
+        block = self._codec.memory.allocate(nbytes, lazily=True)
         return torch.frombuffer(block.view, dtype=dtype).resize_(size)
 
     def encode(self, obj: Any, patient: Callable[[], bool] | None = None) -> Payload | bytes:

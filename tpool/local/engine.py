@@ -280,6 +280,7 @@ class LocalEngine(Encoder):
     def _let_linger(self, member: Member, token: tuple[int, int], events: list[Event]) -> None:
         """It would exit, but for the CUDA memory that it has sent: if that is in use, its slot gets another worker."""
         member.token = None
+        member.take_outbox(events)  # what it left there may hold a lease on the token
         watch = self._memory.table.watch(*token, self.wake)
         if watch is None:
             self._retire(member)

@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import enum
 import os
-import select
 from collections import deque
 from collections.abc import Callable
 
 from tpool.engine import Result, WorkerLoss
 from tpool.local.channel import Frame
 from tpool.local.member import Member
+from tpool.local.patience import Patience
 from tpool.task import JobId
 from tpool.tensors.payload import Payload
 from tpool.waiting import Flag
@@ -74,8 +74,7 @@ class Loan:
         self._told: Flag | None = None
         self._abandoned = False
         self._loans = loans
-        self._poll = select.poll()
-        self._poll.register(member.channel.fileno(), select.POLLIN)
+        self._patience = Patience(member.channel.fileno())
 
     # The borrower ---------------------------------------------------------------------------------------------------
 
@@ -96,7 +95,7 @@ class Loan:
             member.put_call(job, payload)
             while not frames:
                 self.stage = Stage.WAITING
-                self._poll.poll()
+                self._patience.wait()
                 self.stage = Stage.READING
                 frames = member.channel.receive()
         except (EOFError, OSError):

@@ -19,6 +19,7 @@ from tpool.local.answers import LocalResult, PlainResult
 from tpool.local.channel import Channel, Frame
 from tpool.local.crew import Crew
 from tpool.local.orders import Orders
+from tpool.local.outbox import Form
 from tpool.local.setup import PoolMemory
 from tpool.local.wire import Kind, Status
 from tpool.messages import (
@@ -145,9 +146,14 @@ class Member(Orders):
 
     def _add_left(self, until: int | None, events: list[Event]) -> None:
         single: Results = []  # results that nothing stands beside: one event for many
-        for job, index, results, times, are_values in self.outbox.take(until):
+        for job, index, results, times, form in self.outbox.take(until):
             count, seconds = len(times), sum(times)
-            found: Any = Values(results, seconds / count) if are_values else list(map(PlainResult, results, times))
+            if form is Form.VALUE:
+                found: Any = Values(results, seconds / count)
+            elif form is Form.STREAM:
+                found = list(map(PlainResult, results, times))
+            else:
+                found = list(map(self._receive_left, results, times))
             if count == 1:
                 single.append((JobId(job), index, next(iter(found)), seconds))
             else:
@@ -177,17 +183,24 @@ class Member(Orders):
         self.held -= 1
         start = wire.RESULT.size + text_nbytes
         text = body[wire.RESULT.size : start].decode(errors="replace") if text_nbytes else ""
-        received = wire.unpack_payload(body, start, frame.fds, self._receive_block)[0]
+        received = self._receive(body, start, frame.fds)
+        self._memory.release_foreign(self.slot)
         record = self._record
         record.tasks_done += 1
         record.busy_seconds += seconds
         record.piped_nbytes += len(body)
-        if received.blocks or type(received.data) is not bytes:
-            record.moved_nbytes += wire.moved_nbytes(received)
-            self._memory.release_foreign()
         result = LocalResult(status == _ERROR, received, text, seconds, self._codec)
         results.append((JobId(job), index, result, seconds))
         return results
+
+    def _receive_left(self, body: bytes, seconds: float) -> LocalResult:
+        return LocalResult(False, self._receive(body, 0, []), "", seconds, self._codec)
+
+    def _receive(self, body: bytes, start: int, fds: list[int]) -> Received:
+        received = wire.unpack_payload(body, start, fds, self._receive_block)[0]
+        if received.blocks or type(received.data) is not bytes:
+            self._record.moved_nbytes += wire.moved_nbytes(received)
+        return received
 
     def _unpack(self, frame: Frame, position: int) -> Received:
         return wire.unpack_payload(frame.body, position, frame.fds, self._receive_block)[0]
@@ -225,7 +238,7 @@ class Member(Orders):
                 "worker_exit of %s, pid %s, raised:\n%s", self, self.pid, frame.body.decode(errors="replace")
             )
         elif kind == Kind.ARENA:
-            self._memory.attach(wire.unpack_id(frame.body), frame.fds)
+            self._memory.attach(wire.unpack_id(frame.body), frame.fds, self.slot)
         elif kind == Kind.INITIALIZER_FAILED:
             start = wire.COUNT_NBYTES + wire.unpack_count(frame.body)
             text = frame.body[wire.COUNT_NBYTES : start].decode(errors="replace")
@@ -275,6 +288,7 @@ class Member(Orders):
     def _let_go(self) -> None:
         self._stop_starving()
         self._crew.forgetful.pop(self, None)
+        self._memory.release_foreign(self.slot)
         self._memory.table.forget(self._peer)
 
     def leave(self) -> WorkerLoss:

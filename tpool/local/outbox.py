@@ -8,8 +8,9 @@ it has nothing else to do, and only before it goes to sleep asks for a bell::
     put: entry, written, count                       sleep: bell := 1, then looks at count
          then looks at bell; 1: a frame by socket    awake: take: entries up to count, then read := where they end
 
-The last task's result, and any that is not small and plain, goes by socket. It says how many entries come before it,
-and each entry how many such replies come before *it*, so the order is kept.
+A result that lies in shared memory leaves its handles here. The last task's result, and any that is not small, goes
+by socket; so does one that is no value, or has descriptors, or has give-backs to go with it. It says how many entries
+come before it, and each entry how many such replies come before *it*, so the order is kept.
 
 All outboxes of a pool lie in one memfd, one after the other::
 
@@ -29,12 +30,13 @@ import os
 import struct
 import threading
 from collections.abc import Sequence
+from enum import Enum, auto
 from typing import Any
 
 from tpool.errors import ProtocolError
 from tpool.tensors.memfd import PAGE_NBYTES, create_memfd, map_memfd, memfd_nbytes
 
-__all__ = ["MAX_DATA_NBYTES", "Outbox", "Outboxes", "Run"]
+__all__ = ["MAX_DATA_NBYTES", "Form", "Outbox", "Outboxes", "Run"]
 
 RING_NBYTES = 15 * PAGE_NBYTES
 """Several messages' worth of small results. When it is full, results go by socket."""
@@ -56,6 +58,8 @@ _CODE = struct.Struct("<I")
 _CODE_AT = 28
 _INT_CODE, _FLOAT_CODE, _CONSTANT_CODE = (0xFFFFFFF0 + number for number in range(3))
 _CODES = frozenset({_INT_CODE, _FLOAT_CODE, _CONSTANT_CODE})
+# Added to nbytes: the data are a payload with handles, not a pickle.
+_HANDLES = 1 << 31
 _CONSTANTS = (None, False, True)
 # An entry without data may be the last one; it is read as if it had a number.
 _PADDING = _INT_ENTRY.size - _ENTRY.size
@@ -65,9 +69,18 @@ _SKIP = (1 << 64) - 1
 
 assert _HEADER_NBYTES + RING_NBYTES + _ENTRY.size <= _OUTBOX_NBYTES
 
-Run = tuple[int, int, list[Any], Sequence[float], bool]
-"""Results of tasks of one job that stand behind each other: job, index of the first, the results, how many seconds
-each task ran, and whether the results are values or pickled ones."""
+
+class Form(Enum):
+    """What a result in an outbox is."""
+
+    STREAM = auto()  # a plain pickle
+    PAYLOAD = auto()  # see ``wire.pack_payload``
+    VALUE = auto()  # itself
+
+
+Run = tuple[int, int, list[Any], Sequence[float], Form]
+"""Results of one form, of tasks of one job that stand behind each other: job, index of the first, the results, how
+many seconds each task ran."""
 
 
 class Outbox:
@@ -100,18 +113,31 @@ class Outbox:
 
     # The worker's end -----------------------------------------------------------------------------------------------
 
-    def put(self, job: int, index: int, seconds: float, data: bytes) -> bool:
-        """Add a result; False if there is no room for it."""
+    def put(self, job: int, index: int, seconds: float, data: bytes, handles: bool = False) -> bool:
+        """Add a result; False if there is no room for it.
+
+        Args:
+            job: of the task.
+            index: likewise.
+            seconds: how long it ran.
+            data: the result, as a plain stream.
+            handles: whether it is a payload instead, without descriptors.
+        """
         nbytes = len(data)
         size = _ENTRY.size + nbytes + 7 & ~7
         if nbytes > MAX_DATA_NBYTES or not self._make_room(size):
             return False
         start = self._start
-        _ENTRY.pack_into(self._ring, start, job, index, seconds, self.replies, nbytes)
+        _ENTRY.pack_into(self._ring, start, job, index, seconds, self.replies, nbytes | _HANDLES * handles)
         start += _ENTRY.size
         self._ring[start : start + nbytes] = data
         self._publish(size)
         return True
+
+    def has_room(self, data: bytes) -> bool:
+        """Whether ``put`` will have room for this."""
+        nbytes = len(data)
+        return nbytes <= MAX_DATA_NBYTES and self._make_room(_ENTRY.size + nbytes + 7 & ~7)
 
     def put_value(self, job: int, index: int, seconds: float, value: object) -> bool:
         """Add a result that is a number, a truth or None; False if it is none, or if there is no room for it."""
@@ -234,13 +260,13 @@ class Outbox:
         self._at += nbytes
         self.entries += count
         self._words[_READ] = self._at
-        return jobs[0], indices[0], values, times, True
+        return jobs[0], indices[0], values, times, Form.VALUE
 
     def _take(self, count: int, data: bytes) -> list[Run]:
         unpack, replies = _INT_ENTRY.unpack_from, self.replies
         runs: list[Run] = []
         of_job = following = -1
-        of_values = False
+        of_form = None
         position = taken = 0
         while taken < count:
             job, index, seconds, replies_before, nbytes, value = unpack(data, position)
@@ -249,13 +275,14 @@ class Outbox:
                 job, index, seconds, replies_before, nbytes, value = unpack(data, position)
             if replies_before != replies:
                 break
-            is_value = nbytes >= _INT_CODE
-            if index != following or job != of_job or is_value is not of_values:
+            form = Form.VALUE if nbytes >= _INT_CODE else Form.PAYLOAD if nbytes & _HANDLES else Form.STREAM
+            if index != following or job != of_job or form is not of_form:
                 results: list[Any] = []
                 times: list[float] = []
-                of_job, of_values = job, is_value
-                runs.append((job, index, results, times, of_values))
-            if not is_value:
+                of_job, of_form = job, form
+                runs.append((job, index, results, times, form))
+            if form is not Form.VALUE:
+                nbytes &= ~_HANDLES
                 position += _ENTRY.size
                 end = position + nbytes
                 if end > len(data) - _PADDING:

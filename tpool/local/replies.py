@@ -46,13 +46,28 @@ class Replies:
         outbox.replies = outbox.replies + 1 & 0xFFFFFFFF
         self.reply(kind, head + text, payload)
 
-    def leave(self, job: int, index: int, seconds: float, stream: bytes) -> bool:
+    def leave(self, job: int, index: int, seconds: float, payload: Payload | bytes) -> bool:
         """Leave a result in the outbox, as more tasks wait; False where it has to go by socket."""
-        if self._table.owes(self._parent) or not self.outbox.put(job, index, seconds, stream):
+        if self._table.owes(self._parent):
             return False
-        if self.outbox.take_bell():
+        if isinstance(payload, bytes):
+            left = self.outbox.put(job, index, seconds, payload)
+        else:
+            left = self._leave_handles(job, index, seconds, payload)
+        if left and self.outbox.take_bell():
             self.send(Kind.BELL)
-        return True
+        return left
+
+    def _leave_handles(self, job: int, index: int, seconds: float, payload: Payload) -> bool:
+        blocks = wire.all_blocks(payload)
+        # That we starved no longer is told by what goes by socket.
+        if payload.fds or self.starving or not self.known_arenas.issuperset([block.arena.id for block in blocks]):
+            return False
+        body = wire.pack_payload(payload)
+        if not self.outbox.has_room(body):
+            return False
+        self._table.lend(blocks, self._parent)
+        return self.outbox.put(job, index, seconds, body, handles=True)
 
     def leave_value(self, job: int, index: int, seconds: float, value: object) -> bool:
         """As ``leave``, for a result that need not be pickled, where it is one."""

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from tpool.errors import PlatformError, ProtocolError
+from tpool.local.cpus import available_cpus
 from tpool.local.encodings import Encodings
 from tpool.local.identity import Hello, WorkerInfo
 from tpool.local.launch import ForkLauncher, Launcher, SpawnLauncher, ZygoteLauncher
@@ -129,7 +130,7 @@ class PoolMemory:
         self.peers: list[Peer] = []
         self._vacant: dict[int, int] = {}  # slots without a worker whose memory is in use, and in how many blocks
         self._released_at = 0.0
-        self._foreign: list[Arena] = []
+        self._foreign: list[tuple[int, Arena]] = []  # by slot
         with contextlib.ExitStack() as undo:  # at the limit of descriptors or address space, leave nothing behind
             self._ledger = Ledger.create(1 + settings.processes, settings.memory_nbytes)
             undo.callback(self._ledger.close)
@@ -145,9 +146,9 @@ class PoolMemory:
             undo.pop_all()
         self.baseline = dict(vars(sys.modules["__main__"])) if settings.method == "fork" else None
         self.definitions = Definitions(baseline=self.baseline)
-        self.codec = Codec(
-            Memory(self._caller, wait), self.definitions, sharing=settings.sharing, can_swap=settings.can_swap
-        )
+        cpus = available_cpus()
+        memory = Memory(self._caller, wait, threads=lambda: cpus)
+        self.codec = Codec(memory, self.definitions, sharing=settings.sharing, can_swap=settings.can_swap)
 
     def grow(self, count: int) -> None:
         """Make what workers in slots below ``count`` need. By one thread at a time, before the first is asked for.
@@ -264,8 +265,8 @@ class PoolMemory:
         index = 0 if slot is None else slot + 1
         return self._ledger.committed_nbytes(index), self._ledger.peak_nbytes(index)
 
-    def attach(self, arena_id: int, fds: list[int]) -> None:
-        """Map an arena that a worker made, its nested pool's; a block of it comes with the worker's next result.
+    def attach(self, arena_id: int, fds: list[int], slot: int) -> None:
+        """Map an arena that a slot's worker made, its nested pool's; a block of it comes with its next reply.
 
         Raises:
             ProtocolError: there is no arena behind the descriptor, or no descriptor.
@@ -280,19 +281,20 @@ class PoolMemory:
             arena = Arena.attach(fd, arena_id)
         except PlatformError as error:
             raise ProtocolError(f"its arena cannot be used: {error}") from error
-        self._foreign.append(arena)
+        self._foreign.append((slot, arena))
         self.table.add(arena)
 
-    def release_foreign(self) -> None:
-        """A result has come: what it needed of foreign arenas is leased now, and keeps them as long as it lives."""
-        while self._foreign:
-            self.table.remove(self._foreign.pop())
+    def release_foreign(self, slot: int) -> None:
+        """A slot's worker has replied: what needs its foreign arenas is leased now, and keeps them while it lives."""
+        for kept in [kept for kept in self._foreign if kept[0] == slot]:
+            self._foreign.remove(kept)
+            self.table.remove(kept[1])
 
     def close(self) -> None:
         """The pool has ended. Blocks that the caller still uses stay mapped as long as it does."""
         for peer in self.peers:
             self.table.forget(peer)
-        for arena in (self._caller, *self._slots, *self._foreign):
+        for arena in (self._caller, *self._slots, *(arena for _, arena in self._foreign)):
             self.table.remove(arena)
         self._ledger.close()
         for bank, _ in self._boxes:

@@ -19,12 +19,13 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import select
 import socket
 import threading
 from collections import deque
 from time import monotonic
 from typing import Any, cast
+
+import torch
 
 from tpool.errors import DecodeError, ProtocolError
 from tpool.local import identity, wire
@@ -34,6 +35,7 @@ from tpool.local.faltering import Faltered
 from tpool.local.lifetime import Lifetime
 from tpool.local.outbox import Outboxes
 from tpool.local.outcomes import encode_error, encode_value
+from tpool.local.patience import Patience
 from tpool.local.replies import Replies
 from tpool.local.retirement import end_program
 from tpool.local.spans import Span, SpanWork
@@ -80,8 +82,7 @@ class Worker:
         self._thread = threading.get_ident()
         self._hopeless = False
         self._group_error: DecodeError | None = None
-        self._poll = select.poll()
-        self._poll.register(self._channel.fileno(), select.POLLIN)
+        self._patience = Patience(self._channel.fileno())
 
     # The life of a worker ------------------------------------------------------------------------------------------
 
@@ -134,7 +135,7 @@ class Worker:
         self._span_work = SpanWork(self._claims_fd, self._replies, self._settle, self._finish_span, singly)
         self._arena = arena
         self._replies.known_arenas = {hello.slot_arena, hello.caller_arena}
-        self._memory = Memory(arena, self._wait_for_memory)
+        self._memory = Memory(arena, self._wait_for_memory, threads=torch.get_num_threads)
         self._codec = Codec(self._memory, baseline=self._baseline, sharing=hello.sharing, can_swap=hello.can_swap)
 
     def _attach(self, arena_id: int, fd: int) -> Arena:
@@ -200,9 +201,7 @@ class Worker:
     def _read(self) -> None:
         """Handle what has arrived; blocks until something has."""
         self._replies.flush_give_backs()
-        # Not in recvmsg: who sleeps there is also woken when the parent *reads* our last reply (the socket has room to
-        # write again), which costs a switch of processes per task. poll() is told what it waits for.
-        self._poll.poll()
+        self._patience.wait()
         for frame in self._channel.receive():
             self._handle(frame)
 
@@ -314,7 +313,7 @@ class Worker:
             sent_nbytes = len(payload) if type(payload) is bytes else wire.carried_nbytes(payload)
             trace.end(finished, marks.decoded, marks.ran, came_nbytes, sent_nbytes)
         seconds = finished - started
-        if type(payload) is bytes and self._tasks and self._replies.leave(job, index, seconds, payload):
+        if status == _VALUE and self._tasks and self._replies.leave(job, index, seconds, payload):
             return
         self._replies.answer(kind, job, index, seconds, status, tb, payload)
 
@@ -337,7 +336,7 @@ class Worker:
             payload, tb = self._encode_error(error)
             status = _ERROR
         seconds = self._finish(started) - started
-        if type(payload) is bytes and self._tasks and self._replies.leave(job, index, seconds, payload):
+        if status == _VALUE and self._tasks and self._replies.leave(job, index, seconds, payload):
             return
         self._replies.answer(Kind.RESULT, job, index, seconds, status, tb, payload)
 
@@ -393,7 +392,7 @@ class Worker:
             self._replies.starving = True
         else:
             self._replies.flush_give_backs()
-        if self._poll.poll(seconds * 1000):
+        if self._patience.wait_for(seconds):
             for frame in self._channel.receive():
                 self._handle(frame)
         return not self._hopeless

@@ -30,6 +30,7 @@ __all__ = [
     "leased",
     "named_storage",
     "strided_tensor",
+    "tensors_alike",
     "whole_tensor",
 ]
 
@@ -95,6 +96,15 @@ class Incoming:
         tensor = self._on_memory(place, DTYPES[dtype])
         return tensor if len(size) == 1 else tensor.resize_(size)
 
+    def tensors_alike(
+        self, dtype: str, size: tuple[int, ...], nbytes: int, indices: list[int], starts: list[int]
+    ) -> list[torch.Tensor]:
+        """Many contiguous tensors of one size, each of which covers its storage; a start of -1 is all of a block."""
+        return [
+            self.whole_tensor(index if start < 0 else (index, start, nbytes), dtype, *size)
+            for index, start in zip(indices, starts, strict=True)
+        ]
+
     def strided_tensor(
         self, place: Place, dtype: str, offset: int, size: tuple[int, ...], stride: tuple[int, ...]
     ) -> torch.Tensor:
@@ -144,6 +154,11 @@ def whole_tensor(place: Place, dtype: str, *size: int) -> Any:
     raise _unbound()
 
 
+def tensors_alike(dtype: str, size: tuple[int, ...], nbytes: int, indices: list[int], starts: list[int]) -> Any:
+    """Stands for ``Incoming.tensors_alike``."""
+    raise _unbound()
+
+
 def strided_tensor(place: Place, dtype: str, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> Any:
     """Stands for ``Incoming.strided_tensor``."""
     raise _unbound()
@@ -172,6 +187,6 @@ def _unbound() -> DecodeError:
 
 MARKERS: dict[str, Callable[..., Any]] = {
     marker.__name__: marker
-    for marker in (block_storage, whole_tensor, strided_tensor, fd_storage, named_storage, leased)
+    for marker in (block_storage, whole_tensor, tensors_alike, strided_tensor, fd_storage, named_storage, leased)
 }
 """The functions of this module that a stream may name, by name."""

@@ -32,6 +32,7 @@ class BlockTable:
 
     Attributes:
         lock_name: what locks of this process are named that hang on objects which forked children inherit.
+        moving_small: taken by whoever moves a small storage; reentrant, as a signal handler may send one too.
     """
 
     def __init__(self) -> None:
@@ -40,6 +41,7 @@ class BlockTable:
 
     def _reset(self) -> None:
         self.lock_name = f"_tpool_moving_{os.getpid()}"
+        self.moving_small = threading.RLock()
         self._lock = threading.RLock()
         self._dead: deque[Watch] = deque()
         self._entries: dict[int, Entry] = {}  # by address

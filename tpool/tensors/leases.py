@@ -26,6 +26,7 @@ from tpool.errors import SharedMemoryExhausted
 from tpool.tensors.arena import Allocator, Arena
 from tpool.tensors.entries import Block, Peer
 from tpool.tensors.lease_table import LeaseTable
+from tpool.tensors.prefault import PREFAULT_NBYTES, prefault
 
 __all__ = ["Block", "LeaseTable", "Memory", "Peer", "table"]
 
@@ -44,24 +45,51 @@ class Memory:
         wait: blocks for at most the given seconds, until memory may have come back (reading give-backs meanwhile);
             returns False when none can.
         leases: the table that knows the arena; the process's own by default.
+        threads: how many CPUs may be kept busy to get new memory.
     """
 
-    __slots__ = ("_granted", "_table", "_wait", "_waiters", "arena")
+    __slots__ = ("_granted", "_table", "_threads", "_wait", "_waiters", "arena")
 
-    def __init__(self, arena: Arena, wait: Callable[[float], bool], leases: LeaseTable | None = None) -> None:
+    def __init__(
+        self,
+        arena: Arena,
+        wait: Callable[[float], bool],
+        leases: LeaseTable | None = None,
+        *,
+        threads: Callable[[], int] = lambda: 1,
+    ) -> None:
         self.arena = arena
         self._wait = wait
         self._table = leases or table()
+        self._threads = threads
         self._waiters: list[int] = []
         self._granted = False
 
-    def allocate(self, nbytes: int) -> Block:
+    def allocate(self, nbytes: int, *, lazily: bool = False) -> Block:
         """A block of ``nbytes`` (at least 1), waiting for memory if need be.
+
+        Args:
+            nbytes: how much.
+            lazily: whether new pages are to come as they are touched; else those of a large block are asked for now,
+                as all of it is about to be written.
 
         Raises:
             SharedMemoryExhausted: none can come back, or the whole budget is not enough.
             PoolEndedError: the pool was closed, or belongs to the process that forked us.
         """
+        if lazily or nbytes < PREFAULT_NBYTES:
+            return self._allocate(nbytes)
+        before = self._committed_nbytes()
+        block = self._allocate(nbytes)
+        if self._committed_nbytes() > before:  # by another thread, perhaps: then this does nothing
+            prefault(self.arena.address + block.offset, nbytes, self._threads())
+        return block
+
+    def _committed_nbytes(self) -> int:
+        allocator = self._table.allocator(self.arena)
+        return 0 if allocator is None else allocator.committed_nbytes
+
+    def _allocate(self, nbytes: int) -> Block:
         block = self._table.allocate(self.arena, nbytes)
         if block is not None:
             return block

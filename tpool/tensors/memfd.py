@@ -29,6 +29,7 @@ __all__ = [
     "discard_pages",
     "map_memfd",
     "memfd_nbytes",
+    "populate_pages",
     "view_of",
 ]
 
@@ -42,6 +43,7 @@ _MOST_NBYTES = 1 << 46
 
 # From <asm-generic/mman-common.h>; the mmap module does not have it before Python 3.13 everywhere.
 _MADV_REMOVE = 9
+_MADV_POPULATE_WRITE = 23  # Linux 5.14
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
@@ -126,6 +128,11 @@ def discard_pages(address: int, nbytes: int) -> None:
     if _libc().madvise(address, nbytes, _MADV_REMOVE):
         errno = ctypes.get_errno()
         raise PlatformError(f"cannot discard {nbytes} bytes of shared memory: {os.strerror(errno)}")
+
+
+def populate_pages(address: int, nbytes: int) -> None:
+    """Have pages made for a part of a mapping, from a page's boundary; nothing happens where that cannot be done."""
+    _libc().madvise(address, nbytes, _MADV_POPULATE_WRITE)  # EINVAL, ENOMEM: then they come as they are written
 
 
 class Guard(ctypes.c_ubyte * _MOST_NBYTES):  # type: ignore[misc]  # an array type of ctypes is made at run time

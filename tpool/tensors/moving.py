@@ -13,6 +13,7 @@ In doubt the old memory is *parked*: it hangs on the storage as an attribute and
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import threading
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tpool.tensors import leases, torch_private
+from tpool.tensors.slabs import SMALL_NBYTES
 
 if TYPE_CHECKING:
     from tpool.tensors.leases import Block
@@ -38,60 +40,73 @@ _PARKED = "_tpool_parked"
 
 
 def move_storage(
-    storage: torch.UntypedStorage, address: int, block: Block, start: int, tensor: torch.Tensor | None
-) -> tuple[Block, int]:
-    """Move a CPU storage into a block; every tensor on it follows.
+    storage: torch.UntypedStorage,
+    address: int,
+    nbytes: int,
+    target: torch.UntypedStorage,
+    tensor: torch.Tensor | None,
+) -> bool:
+    """Move a CPU storage to the memory of another one; every tensor on it follows.
 
     Any thread may call, also two at once for one storage: the second finds it moved.
 
     Args:
         storage: not empty.
         address: where its memory was when it was seen to lie in no block.
-        block: fresh memory.
-        start: the first of its bytes that are for this storage.
+        nbytes: how large it is.
+        target: a storage of that size on fresh memory, of which nobody else knows; has the old memory afterwards.
         tensor: the tensor on it that is being sent, the only one that is known to the caller; None if not at hand.
 
     Returns:
-        The block in which the storage lies, and its first byte there: elsewhere if another thread was faster.
+        False if another thread was faster: then it lies in another block.
     """
-    with _moving(storage):
-        nbytes = storage.nbytes()
+    lock = _moving(storage, nbytes)
+    # In a signal handler, or a finalizer, this may be the very storage that our thread is about to copy: it must not
+    # lose its memory in between, and not be moved away again by who comes back.
+    nested = nbytes <= SMALL_NBYTES and lock._is_owned()  # type: ignore[attr-defined]
+    with lock:
         if storage.data_ptr() != address:
-            found = leases.table().locate(storage.data_ptr(), nbytes)
-            assert found is not None, "only we move it"
-            return found
-        old = torch.frombuffer(block.view, dtype=torch.uint8, count=nbytes, offset=start).untyped_storage()
-        _memmove(block, start, address, nbytes)
-        unknown = storage.resizable() and torch_private.only_owner(storage, tensor)
-        torch_private.swap_data(storage, old)
+            return False
+        _memmove(target.data_ptr(), address, nbytes)
+        unknown = not nested and storage.resizable() and torch_private.only_owner(storage, tensor)
+        torch_private.swap_data(storage, target)
+        if target.data_ptr() != address:
+            torch_private.swap_data(storage, target)
+            return False
         if not unknown:
-            setattr(storage, _PARKED, (old, getattr(storage, _PARKED, None)))
-        # Whoever waits for this lock, or makes a new one, finds the storage moved. Kept, it would cost 300 bytes.
-        vars(storage).pop(leases.table().lock_name, None)
-        return block, start
+            setattr(storage, _PARKED, (target, getattr(storage, _PARKED, None)))
+        if nbytes > SMALL_NBYTES:
+            # Whoever waits for this lock, or makes a new one, finds the storage moved. Kept, it would cost 300 bytes.
+            vars(storage).pop(leases.table().lock_name, None)
+        return True
 
 
 def copy_bytes(storage: torch.UntypedStorage, first: int, nbytes: int, block: Block, start: int) -> None:
     """Copy so many of the storage's bytes, from its byte ``first`` to the block's byte ``start``."""
-    with _moving(storage):  # or its memory could be freed under the copy
-        _memmove(block, start, storage.data_ptr() + first, nbytes)
+    with _moving(storage, storage.nbytes()):  # or its memory could be freed under the copy
+        _memmove(block.arena.address + block.offset + start, storage.data_ptr() + first, nbytes)
 
 
-def _memmove(block: Block, start: int, address: int, nbytes: int) -> None:
-    # memmove releases the GIL and starts no OpenMP threads, which would make a later fork unsafe: 0.5 us for 4 KB,
-    # 0.7 ms for 16 MB into warm memory. Storage.copy_ holds the GIL and needs 2 us and 0.5 ms with two threads.
-    ctypes.memmove(block.arena.address + block.offset + start, address, nbytes)
+# (to, from, nbytes). memmove releases the GIL and starts no OpenMP threads, which would make a later fork unsafe:
+# 0.5 us for 4 KB, 0.7 ms for 16 MB into warm memory. Storage.copy_ holds the GIL and needs 2 us and 0.5 ms with two
+# threads; ctypes.memmove is the same function, but looks at each argument and needs 0.9 us.
+_memmove = ctypes.CDLL(None).memmove
+_memmove.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+_memmove.restype = None
 
 
-def _moving(storage: torch.UntypedStorage) -> threading.Lock:
-    """The lock under which this storage's memory changes hands.
+def _moving(storage: torch.UntypedStorage, nbytes: int) -> contextlib.AbstractContextManager[object]:
+    """The lock under which the memory of this storage of so many bytes changes hands.
 
-    It hangs on the storage, for a lock of the process would make all other senders wait for one large copy; and its
-    name tells the process, for a forked child would inherit one that nobody there will release. ``dict.setdefault`` is
-    atomic.
+    That of a small one is the process's. That of a large one hangs on the storage, for all other senders would wait
+    for its copy; and its name tells the process, for a forked child would inherit one that nobody there will release.
+    ``dict.setdefault`` is atomic.
     """
+    table = leases.table()
+    if nbytes <= SMALL_NBYTES:
+        return table.moving_small
     attributes: dict[str, threading.Lock] = vars(storage)
-    return attributes.setdefault(leases.table().lock_name, threading.Lock())
+    return attributes.setdefault(table.lock_name, threading.Lock())
 
 
 class ParkingLot:
@@ -107,12 +122,12 @@ class ParkingLot:
         self._storages: list[torch.UntypedStorage] = []
         self._nbytes = 0
 
-    def note(self, storage: torch.UntypedStorage) -> None:
+    def note(self, storage: torch.UntypedStorage, nbytes: int) -> None:
         """A resizable storage was just moved; see whether its old memory is parked."""
         if not hasattr(storage, _PARKED):
             return
         self._storages.append(storage)
-        self._nbytes += storage.nbytes()
+        self._nbytes += nbytes
         if self._nbytes >= PARKED_LIMIT_NBYTES:
             storages, self._storages, self._nbytes = self._storages, [], 0
             alone = known_to_tensors_alone(storages)

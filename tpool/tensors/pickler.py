@@ -35,6 +35,7 @@ from tpool.tensors.leases import Block, Memory
 from tpool.tensors.names import MAIN
 from tpool.tensors.payload import TRAILER, GroupId, HeldObject, Payload, Received
 from tpool.tensors.plain import INLINE_NBYTES, dumps_plain, opcodes
+from tpool.tensors.reducers_alike import as_alike
 from tpool.tensors.registry import Registry, definition, inherited
 from tpool.tensors.slabs import Place
 from tpool.tensors.storages import Outgoing, Overlap, Sharing
@@ -103,6 +104,8 @@ class Codec:
             SharedMemoryExhausted: no memory for its bytes.
         """
         outgoing = self.new_outgoing(sharing or self.sharing)
+        if type(obj) is list:
+            obj = as_alike(obj) or obj
         while True:
             try:
                 return self._dump(obj, _Message(self, outgoing, self._rules, self._by_name), spawning)

@@ -31,6 +31,7 @@ from torch.nn.parameter import Parameter
 from tpool.errors import UnsupportedTensorError
 from tpool.tensors import reducers_layouts, reducers_subclasses, torch_private
 from tpool.tensors.arrivals import DTYPES, NAMES, block_storage
+from tpool.tensors.reducers_alike import Alike, reduce_alike
 from tpool.tensors.reducers_content import Reduced, content, dense, dress, refuse_non_leaf
 
 if TYPE_CHECKING:
@@ -119,5 +120,6 @@ _HANDLERS: dict[type, Callable[[Any, Outgoing], Reduced]] = {
     torch.TypedStorage: reduce_typed_storage,
     torch.cuda.Event: reducers_layouts.cuda_event,
     torch.jit.ScriptFunction: reducers_subclasses.refuse_script_function,
+    Alike: reduce_alike,
 }
 """By exact type: this is asked for every object of a message, and one look-up must tell that most are not ours."""

@@ -132,20 +132,23 @@ class Outgoing:
             storage: on the CPU, not empty.
             tensor: the tensor on it that is being sent; tells whether others may know the memory.
         """
-        place = self._places.get(storage._cdata)
+        key = storage._cdata
+        place = self._places.get(key)
         if place is not None:
             return place
         if storage.is_shared() and torch_private.shared_by(storage) != "private file":
             return None
         if self.sharing == "copy":
             return self._place_copy(storage)
-        address = storage.data_ptr()
-        found = leases.table().locate(address, storage.nbytes())
+        address, nbytes = storage.data_ptr(), storage.nbytes()
+        found = leases.table().locate(address, nbytes)
         if found is None:
             if not self.can_swap:
                 return self._place_without_swap(storage, tensor)
-            found = self._move(storage, address, tensor)
-        return self._add(storage, *found)
+            found = self._move(storage, address, nbytes, tensor)
+        self._met.append(storage)
+        place = self._places[key] = self._slabs.place(*found, nbytes)
+        return place
 
     def place_region(self, storage: torch.UntypedStorage, start: int, stop: int) -> tuple[Place, int] | None:
         """In mode ``"copy"``: send only the bytes from ``start`` to ``stop``.
@@ -194,17 +197,18 @@ class Outgoing:
             os.close(fd)
         return self.add_fd(torch_private.shared_fd(owner), owner)
 
-    def _add(self, storage: torch.UntypedStorage, block: Block, start: int) -> Place:
-        self._met.append(storage)
-        place = self._places[storage._cdata] = self._slabs.place(block, start, storage.nbytes())
-        return place
-
-    def _move(self, storage: torch.UntypedStorage, address: int, tensor: torch.Tensor | None) -> tuple[Block, int]:
-        resizable = storage.resizable()
-        found = move_storage(storage, address, *self._slabs.claim(storage.nbytes()), tensor)
+    def _move(
+        self, storage: torch.UntypedStorage, address: int, nbytes: int, tensor: torch.Tensor | None
+    ) -> tuple[Block, int]:
+        resizable, slabs = storage.resizable(), self._slabs
+        block, start = slabs.claim(nbytes)
+        if not move_storage(storage, address, nbytes, slabs.storage(block, start, nbytes), tensor):
+            found = leases.table().locate(storage.data_ptr(), nbytes)
+            assert found is not None, "only we move it"
+            return found
         if resizable:
-            self._parking.note(storage)
-        return found
+            self._parking.note(storage, nbytes)
+        return block, start
 
     def _copy(self, storage: torch.UntypedStorage, first: int, nbytes: int) -> Place:
         block, start = self._slabs.claim(nbytes)
