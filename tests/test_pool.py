@@ -564,6 +564,18 @@ def resident_nbytes(pid):
         return next(int(line.split()[1]) * 1024 for line in stream if line.startswith("Rss:"))
 
 
+def private_nbytes(pid):
+    with open(f"/proc/{pid}/smaps_rollup") as stream:
+        return sum(int(line.split()[1]) * 1024 for line in stream if line.startswith("Private_"))
+
+
+def test_a_worker_has_little_memory_of_its_own():
+    """It shares the zygote's; what each would load or make for itself, the zygote has to have before."""
+    with tpool.Pool(1) as pool:
+        assert pool.apply(torch.sum, (torch.ones(1024),)) == 1024
+        assert private_nbytes(pool.apply(os.getpid)) <= 8_000_000
+
+
 def test_round_trips_grow_nobodys_memory():
     with tpool.Pool(1) as pool:
         pids = pool.apply(os.getpid), os.getpid()

@@ -14,17 +14,15 @@ import multiprocessing.process
 import multiprocessing.resource_tracker
 import multiprocessing.util
 import os
-import random
 import signal
 import sys
 import types
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from tpool.local.logs import install_sender
 from tpool.local.seat import Seat
+from tpool.local.seeding import seed_worker
 from tpool.tensors.storages import Sharing
 
 
@@ -127,7 +125,7 @@ def assume(hello: Hello, fds: list[int]) -> None:
     if hello.log_level is not None:
         install_sender(fds[-1], hello.log_level, hello.info.id)
     hello.seat.take()
-    _seed(hello.info.seed)
+    seed_worker(hello.info.seed)
 
 
 def _install_main(attributes: dict[str, Any]) -> None:
@@ -161,14 +159,6 @@ def _become_process(hello: Hello) -> None:
     process._parent_process = process._ParentProcess(  # type: ignore[attr-defined]
         hello.parent_name, hello.parent_pid, sentinel
     )
-
-
-def _seed(seed: int) -> None:
-    torch.manual_seed(seed)
-    random.seed(seed)
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        numpy.random.seed(seed % 2**32)
 
 
 def settle_in() -> None:

@@ -23,15 +23,34 @@ def seed_task(seed: int, call: int, index: int) -> None:
     digest = blake2b(f"{seed}/{call}/{index}".encode(), digest_size=SEED_NBYTES).digest()
     words = [int.from_bytes(digest[start : start + 4], "little") for start in range(0, SEED_NBYTES, 4)]
     random.seed(digest)
-    torch_seed = int.from_bytes(digest[:8], "little") >> 1
-    if any(getattr(torch.version, name, None) for name in ("cuda", "hip", "xpu")):
+    _seed_libraries(int.from_bytes(digest[:8], "little") >> 1, words)
+
+
+def seed_worker(seed: int) -> None:
+    """Seed the same with one number of 64 bits, as ``get_worker_info().seed`` says.
+
+    The first time, numpy loads ``numpy.random``, and where torch may have a GPU it reads the sources of all of its
+    callers, to tell them if that fails: 10 ms and 1,300 pages. So the zygote does it once before it forks.
+    """
+    random.seed(seed)
+    _seed_libraries(seed, seed % 2**32)
+
+
+def _seed_libraries(torch_seed: int, numpy_seed: int | list[int]) -> None:
+    if _has_other_devices():
         torch.manual_seed(torch_seed)
     else:
         # All that this build has, and 1.4 us instead of 140: torch.manual_seed looks for each kind of device (2.13).
         torch.default_generator.manual_seed(torch_seed)
     numpy = sys.modules.get("numpy")
     if numpy is not None:
-        numpy.random.seed(words)
+        numpy.random.seed(numpy_seed)
+
+
+def _has_other_devices() -> bool:
+    """Whether torch may have generators beside the CPU's: of its own build, or of somebody else's device."""
+    built = any(getattr(torch.version, name, None) for name in ("cuda", "hip", "xpu"))
+    return built or torch._C._get_privateuse1_backend_name() != "privateuseone"
 
 
 class SeededCall:
