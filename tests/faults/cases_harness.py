@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+from . import procs
 from .script import Env, NotPossible, case, main, mark
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(1000)"]
@@ -66,8 +67,10 @@ def leaves_strangers(env: Env):
 
 @case(0, "leaves processes in sessions of their own")
 def leaves_daemons(env: Env):
-    for _ in range(3):
-        subprocess.Popen(SLEEP, start_new_session=True)
+    daemons = [subprocess.Popen(SLEEP, start_new_session=True) for _ in range(3)]
+    # Popen returns a moment before the new program has its environment, by which it is found.
+    environments = [Path(f"/proc/{daemon.pid}/environ") for daemon in daemons]
+    assert procs.wait_until(lambda: all(path.read_bytes() for path in environments), 5)
 
 
 @case(0, "leaves descriptors")
