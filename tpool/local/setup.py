@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from tpool.errors import PlatformError, ProtocolError
-from tpool.local.cpus import available_cpus
 from tpool.local.encodings import Encodings
 from tpool.local.identity import Hello, WorkerInfo
 from tpool.local.launch import ForkLauncher, Launcher, SpawnLauncher, ZygoteLauncher
@@ -146,8 +145,7 @@ class PoolMemory:
             undo.pop_all()
         self.baseline = dict(vars(sys.modules["__main__"])) if settings.method == "fork" else None
         self.definitions = Definitions(baseline=self.baseline)
-        cpus = available_cpus()
-        memory = Memory(self._caller, wait, threads=lambda: cpus)
+        memory = Memory(self._caller, wait, threads=lambda: settings.steering.available)
         self.codec = Codec(memory, self.definitions, sharing=settings.sharing, can_swap=settings.can_swap)
 
     def grow(self, count: int) -> None:
