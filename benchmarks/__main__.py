@@ -27,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for case in CASES.values():
             print(f"{case.name:28} {case.description}")
         return 0
+    if options.compare:
+        print(report.comparison([json.loads((each / "results.json").read_text()) for each in options.compare]), end="")
+        return 0
     out: Path = options.out
     if options.report:
         results = json.loads((out / "results.json").read_text())
@@ -72,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("benchmark-results"), metavar="DIR")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     parser.add_argument("--report", action="store_true", help="render DIR/results.json anew, measure nothing")
+    parser.add_argument(
+        "--compare", type=Path, nargs="+", metavar="DIR", help="print the targets of earlier runs side by side"
+    )
     return parser
 
 

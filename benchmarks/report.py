@@ -43,6 +43,28 @@ def markdown(results: Results) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def comparison(runs: Sequence[Results]) -> str:
+    """The targets of several runs side by side.
+
+    Two runs agree on a ratio where its spreads over their rounds meet; what is no ratio has no spread.
+    """
+    judged = [{verdict.target: verdict for verdict in verdicts(results)} for results in runs]
+    rows = []
+    for target in dict.fromkeys(target for each in judged for target in each):
+        found = [verdict for each in judged if (verdict := each.get(target)) is not None and verdict.met is not None]
+        if not found:
+            continue
+        outcomes = {verdict.met for verdict in found}
+        met = {(True,): "met", (False,): "**missed**"}.get(tuple(outcomes), "to either side")
+        spreads = [verdict.spread for verdict in found if verdict.spread is not None]
+        meet = not spreads or max(low for low, _ in spreads) <= min(high for _, high in spreads)
+        cells = [" ".join(_target_row(each[target])[3:5]).strip() if target in each else "" for each in judged]
+        agree = "" if len(spreads) < 2 else "agree" if meet else "**differ**"
+        rows.append([target.case, target.pool, _bound(target), *cells, met, agree])
+    head = ["case", "pool", "target", *(f"run {number} (range)" for number in range(1, len(runs) + 1)), "", "runs"]
+    return _grid(head, rows) + "\n"
+
+
 def duration(seconds: float) -> str:
     """Three digits and a unit."""
     for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):

@@ -157,6 +157,19 @@ def test_a_pool_that_failed_meets_no_target():
     assert "**timeout**" in report.markdown(results)
 
 
+def test_runs_agree_where_their_spreads_meet():
+    runs = [
+        _results(torch=[1.0, 1.0], tpool=[0.5, 0.7]),
+        _results(torch=[1.0, 1.0], tpool=[0.3, 0.5]),
+        _results(torch=[1.0, 1.0], tpool=[0.8, 0.9]),
+    ]
+
+    two, three = ([line for line in report.comparison(runs[:count]).splitlines() if "p50" in line] for count in (2, 3))
+
+    assert two == ["| apply | tpool | p50 ≤ 0.6× the time of torch | 0.6 0.5 – 0.7 | 0.4 0.3 – 0.5 | met | agree |"]
+    assert three[0].endswith("| 0.85 0.8 – 0.9 | to either side | **differ** |")
+
+
 @pytest.mark.leaves("matplotlib keeps the fonts open that it has used")
 def test_plots_are_drawn_where_matplotlib_is(tmp_path):
     pytest.importorskip("matplotlib")
