@@ -20,6 +20,7 @@ import numpy
 import torch
 
 import tpool
+from tpool.tensors import ageing
 
 state = None
 
@@ -69,6 +70,11 @@ def raise_if_odd(x):
 
 def raise_exception(error):
     raise error
+
+
+def age_soon(seconds):
+    """As an initializer: what the worker has not used for so long, it gives back."""
+    ageing.AGE_SECONDS = seconds
 
 
 def get_pid(_=None):

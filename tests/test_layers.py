@@ -25,6 +25,7 @@ ROWS = [
     ["tpool.tensors.entries"],
     ["tpool.tensors.block_table"],
     ["tpool.tensors.lease_table"],
+    ["tpool.tensors.ageing"],
     ["tpool.tensors.leases"],
     ["tpool.tensors.descriptors", "tpool.tensors.payload", "tpool.tensors.torch_private"],
     ["tpool.tensors.slabs"],

@@ -207,7 +207,7 @@ class LocalEngine(Encoder):
                 timeout = STARVING_SECONDS if timeout is None else min(timeout, STARVING_SECONDS)
             if self._unreaped:
                 timeout = REAP_SECONDS if timeout is None else min(timeout, REAP_SECONDS)
-            ready = self._poller.block(timeout)
+            ready = self._poller.block(self._memory.codec.memory.limit_wait(timeout))
         if self._unreaped:
             self._stop_waiting_for_status(events)
         self._poller.read(ready, events)

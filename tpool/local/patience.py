@@ -44,17 +44,18 @@ class Patience:
         self._passes = 1  # how many short sleeps there are to be until the next look
         self._pass = 1  # how many of these are left
 
-    def wait(self) -> None:
-        """Wait for as long as it takes."""
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait for so long at most, or as long as it takes; returns whether there is something to read."""
         if not self._pass:
             if self._look():
                 self._passes = 0
-                return
+                return True
             self._pass = self._passes = min(MAX_PASSES, 2 * self._passes + 1)
         began = monotonic()
-        self._poll()
+        ready = self._poll(None if seconds is None else seconds * 1000)
         if self._pass and monotonic() - began < SOON_SECONDS:
             self._pass -= 1
+        return bool(ready)
 
     def wait_for(self, seconds: float) -> bool:
         """Wait for so long at most; returns whether there is something to read."""

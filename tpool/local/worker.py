@@ -201,7 +201,8 @@ class Worker:
     def _read(self) -> None:
         """Handle what has arrived; blocks until something has."""
         self._replies.flush_give_backs()
-        self._patience.wait()
+        while not self._patience.wait(self._memory.limit_wait(None)):
+            pass  # it has given back what was not used for long
         for frame in self._channel.receive():
             self._handle(frame)
 

@@ -250,6 +250,11 @@ class BlockTable:
         """Whether ``collect`` may find something: views have died, or a forked child may have ended. Takes no lock."""
         return bool(self._dead or self._held_by_fork)
 
+    @property
+    def has_blocks(self) -> bool:
+        """Whether a block lives here, or did when somebody last looked. Takes no lock."""
+        return bool(self._entries)
+
     def trim(self, arena: Arena | None = None, *, aged_only: bool = False) -> int:
         """Give free memory back to the system and to the pool's budget.
 

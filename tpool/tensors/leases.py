@@ -23,6 +23,7 @@ import os
 from collections.abc import Callable
 
 from tpool.errors import SharedMemoryExhausted
+from tpool.tensors.ageing import Ageing
 from tpool.tensors.arena import Allocator, Arena
 from tpool.tensors.entries import Block, Peer
 from tpool.tensors.lease_table import LeaseTable
@@ -48,7 +49,7 @@ class Memory:
         threads: how many CPUs may be kept busy to get new memory.
     """
 
-    __slots__ = ("_granted", "_table", "_threads", "_wait", "_waiters", "arena")
+    __slots__ = ("_ageing", "_granted", "_table", "_threads", "_wait", "_waiters", "arena")
 
     def __init__(
         self,
@@ -64,6 +65,7 @@ class Memory:
         self._threads = threads
         self._waiters: list[int] = []
         self._granted = False
+        self._ageing = Ageing(self._table, arena)
 
     def allocate(self, nbytes: int, *, lazily: bool = False) -> Block:
         """A block of ``nbytes`` (at least 1), waiting for memory if need be.
@@ -84,6 +86,10 @@ class Memory:
         if self._committed_nbytes() > before:  # by another thread, perhaps: then this does nothing
             prefault(self.arena.address + block.offset, nbytes, self._threads())
         return block
+
+    def limit_wait(self, timeout: float | None) -> float | None:
+        """For how long the one thread that serves others may wait; see ``Ageing.limit``."""
+        return self._ageing.limit(timeout)
 
     def _committed_nbytes(self) -> int:
         allocator = self._table.allocator(self.arena)
