@@ -77,6 +77,15 @@ def age_soon(seconds):
     ageing.AGE_SECONDS = seconds
 
 
+def leave_in_cycle(numel):
+    """A tensor that is also in garbage which nobody collects."""
+    gc.disable()
+    tensor = torch.ones(numel)
+    cycle = [tensor]
+    cycle.append(cycle)
+    return tensor
+
+
 def get_pid(_=None):
     return os.getpid()
 

@@ -454,6 +454,15 @@ def test_memory_says_when_none_can_come_back(pair: Pair) -> None:
     del kept
 
 
+def test_before_it_gives_up_it_looks_for_memory_in_garbage(pair: Pair) -> None:
+    cycle: list[object] = [torch.frombuffer(pair.a.allocate(16 * MIB).view, dtype=torch.uint8)]
+    cycle.append(cycle)
+    gc.collect()  # so that none comes by itself before long
+    del cycle
+    memory = Memory(pair.a.arena, lambda seconds: False, pair.a.table)
+    assert memory.allocate(4 * MIB).nbytes == 4 * MIB
+
+
 def test_memory_does_not_wait_for_more_than_the_budget(pair: Pair) -> None:
     def wait(seconds: float) -> bool:
         raise AssertionError("hopeless from the start")

@@ -614,6 +614,14 @@ def test_a_feeder_waits_for_memory_while_workers_start(tmp_path):
             assert [float(result[0]) for result in results] == [2.0] * 10
 
 
+def test_memory_in_the_garbage_of_workers_is_found_when_it_is_short():
+    """By the worker that needs some, and by the one that is asked for some."""
+    with tpool.Pool(1, memory="64MB") as pool:
+        for _ in range(6):  # 20 MB each
+            assert len(pool.apply(tasks.leave_in_cycle, (5_000_000,))) == 5_000_000
+        assert pool.apply(len, (torch.ones(14_000_000),)) == 14_000_000
+
+
 def test_a_stream_whose_results_are_all_kept_says_that_memory_is_short():
     with tpool.Pool(1, memory="64MB") as pool:
         kept = []

@@ -8,6 +8,7 @@ collection, a signal handler); each change of a shared variable is therefore one
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import weakref
@@ -244,6 +245,15 @@ class BlockTable:
             for mapped in list(self._mapped.values()):
                 if mapped.allocator is not None:
                     trim_if_needed(mapped.allocator)
+
+    def collect_garbage(self) -> None:
+        """As ``collect``, after a collection of garbage: cycles may hold views.
+
+        For who would have to give up otherwise: it takes as long as the program has objects, 0.1 s and more, and runs
+        finalizers. Left to itself the collector counts objects, not their bytes, and comes after some hundreds.
+        """
+        gc.collect()
+        self.collect()
 
     @property
     def may_collect(self) -> bool:

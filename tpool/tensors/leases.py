@@ -120,7 +120,10 @@ class Memory:
                 allocator.index, True
             )  # each time: another thread may just have ended waiting
             hope = self._wait(_WAIT_SECONDS)
-            self._table.collect()
+            if hope:
+                self._table.collect()
+            else:
+                self._table.collect_garbage()
             granted, self._granted = self._granted, False
             block = self._table.allocate(self.arena, nbytes, beyond_budget=granted)
             if block is not None:
