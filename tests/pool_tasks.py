@@ -77,6 +77,17 @@ def age_soon(seconds):
     ageing.AGE_SECONDS = seconds
 
 
+def hold_until(tensor, path):
+    """Leave a thread that holds the tensor until there is such a file."""
+
+    def hold(held):
+        while not os.path.exists(path):
+            time.sleep(0.01)
+        del held
+
+    threading.Thread(target=hold, args=(tensor,), daemon=True).start()
+
+
 def leave_in_cycle(numel):
     """A tensor that is also in garbage which nobody collects."""
     gc.disable()

@@ -62,11 +62,26 @@ def test_who_has_no_shared_memory_waits_for_as_long_as_it_likes(memory, clock):
 
 def test_free_memory_goes_back_after_the_second_look(memory, clock):
     memory.allocate(8 * MIB)
-    for passed, left in ((0, 8), (AGE_SECONDS - 1, 8), (1, 8), (AGE_SECONDS - 1, 8), (1, 0)):
+    for passed, until, left in (
+        (0, AGE_SECONDS, 8),
+        (AGE_SECONDS - 1, 1, 8),
+        (1, AGE_SECONDS, 8),
+        (AGE_SECONDS - 3, 3, 8),
+        (3, None, 0),
+    ):
         clock.now += passed
-        assert memory.limit_wait(None) == (AGE_SECONDS if left else None)
-        assert memory.limit_wait(2.0) == 2.0
+        assert memory.limit_wait(None) == until
+        assert memory.limit_wait(2.0) == (2.0 if until is None else min(2.0, until))
         assert committed_nbytes(memory) == left * MIB
+
+
+def test_who_is_woken_often_looks_as_often(memory, clock):
+    memory.allocate(8 * MIB)
+    for _ in range(2 * 4):
+        assert committed_nbytes(memory) == 8 * MIB
+        clock.now += AGE_SECONDS / 4
+        memory.limit_wait(None)
+    assert committed_nbytes(memory) == 0
 
 
 def test_what_is_used_again_and_again_stays_and_the_rest_goes(memory, clock):
@@ -94,3 +109,14 @@ def test_an_idle_pool_gives_its_memory_back(monkeypatch):
         del result
         wait_until(lambda: pool.stats().workers[0].memory_nbytes < MIB, DEADLINE, "what the result needed")
         assert float(pool.apply(tasks.double, (torch.ones(2 * MIB),)).sum()) == 4 * MIB
+
+
+def test_an_idle_worker_gives_back_what_its_threads_let_go(monkeypatch, tmp_path):
+    """It finds that when it looks for what is old, and says so at once."""
+    monkeypatch.setattr(ageing, "AGE_SECONDS", 0.2)
+    go = tmp_path / "go"
+    with tpool.Pool(1, tasks.age_soon, (0.2,)) as pool:
+        pool.apply(tasks.hold_until, (torch.ones(2 * MIB), str(go)))
+        assert pool.stats().memory_nbytes >= 8 * MIB
+        go.touch()
+        wait_until(lambda: pool.stats().memory_nbytes < MIB, DEADLINE, "what the thread held")

@@ -573,8 +573,8 @@ def test_a_worker_has_little_memory_of_its_own():
     """It shares the zygote's; what each would load or make for itself, the zygote has to have before."""
     with tpool.Pool(1) as pool:
         assert pool.apply(torch.sum, (torch.ones(1024),)) == 1024
-        # 7.1 MB where it was measured, of 8 that the benchmark allows; numpy.random alone would be 3 more.
-        assert private_nbytes(pool.apply(os.getpid)) <= 9_000_000
+        # 7.1 to 8.3 MB where it was measured, by the environment; with numpy.random of its own 11.6 to 14.
+        assert private_nbytes(pool.apply(os.getpid)) <= 10_000_000
 
 
 def test_round_trips_grow_nobodys_memory():

@@ -196,6 +196,7 @@ class LocalEngine(Encoder):
         events = self._lending.before_waiting(self.pressing or self._hungry, self.can_lend)
         if events:
             return events
+        timeout = self._memory.codec.memory.limit_wait(timeout)  # first: it may find what is to be given back
         if timeout == 0 or self._hungry or self._has_news():
             # News travels with the next message, if there is one to come at once.
             ready = self._poller.look()
@@ -207,7 +208,7 @@ class LocalEngine(Encoder):
                 timeout = STARVING_SECONDS if timeout is None else min(timeout, STARVING_SECONDS)
             if self._unreaped:
                 timeout = REAP_SECONDS if timeout is None else min(timeout, REAP_SECONDS)
-            ready = self._poller.block(self._memory.codec.memory.limit_wait(timeout))
+            ready = self._poller.block(timeout)
         if self._unreaped:
             self._stop_waiting_for_status(events)
         self._poller.read(ready, events)

@@ -27,13 +27,19 @@ def seed_task(seed: int, call: int, index: int) -> None:
 
 
 def seed_worker(seed: int) -> None:
-    """Seed the same with one number of 64 bits, as ``get_worker_info().seed`` says.
-
-    The first time, numpy loads ``numpy.random``, and where torch may have a GPU it reads the sources of all of its
-    callers, to tell them if that fails: 10 ms and 1,300 pages. So the zygote does it once before it forks.
-    """
+    """Seed the same with one number of 64 bits, as ``get_worker_info().seed`` says."""
     random.seed(seed)
     _seed_libraries(seed, seed % 2**32)
+
+
+def load_generators() -> None:
+    """In a process that is to fork workers: what the first seeding loads, 10 ms and 1,300 pages.
+
+    numpy loads ``numpy.random``, and torch for a GPU reads the sources of all of its callers, to tell them if the
+    seeding fails once there is a context. Somebody else's device might be opened, so that is left to the workers.
+    """
+    if not _has_custom_device():
+        _seed_libraries(0, 0)
 
 
 def _seed_libraries(torch_seed: int, numpy_seed: int | list[int]) -> None:
@@ -48,9 +54,13 @@ def _seed_libraries(torch_seed: int, numpy_seed: int | list[int]) -> None:
 
 
 def _has_other_devices() -> bool:
-    """Whether torch may have generators beside the CPU's: of its own build, or of somebody else's device."""
-    built = any(getattr(torch.version, name, None) for name in ("cuda", "hip", "xpu"))
-    return built or torch._C._get_privateuse1_backend_name() != "privateuseone"
+    """Whether torch may have generators beside the CPU's."""
+    return any(getattr(torch.version, name, None) for name in ("cuda", "hip", "xpu")) or _has_custom_device()
+
+
+def _has_custom_device() -> bool:
+    """Whether a device is registered that is none of torch's own; as ``torch.manual_seed`` looks for it (2.13)."""
+    return hasattr(torch, torch._C._get_privateuse1_backend_name())
 
 
 class SeededCall:

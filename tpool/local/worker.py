@@ -199,12 +199,12 @@ class Worker:
     # Reading -------------------------------------------------------------------------------------------------------
 
     def _read(self) -> None:
-        """Handle what has arrived; blocks until something has."""
+        """Handle what has arrived; blocks until something has, or until it is time to look for what is old."""
+        seconds = self._memory.limit_wait(None)  # first: it may find what is to be given back
         self._replies.flush_give_backs()
-        while not self._patience.wait(self._memory.limit_wait(None)):
-            pass  # it has given back what was not used for long
-        for frame in self._channel.receive():
-            self._handle(frame)
+        if self._patience.wait(seconds):
+            for frame in self._channel.receive():
+                self._handle(frame)
 
     def _handle(self, frame: Frame) -> None:
         kind = frame.kind

@@ -38,7 +38,7 @@ from time import monotonic, sleep
 from typing import NoReturn
 
 from tpool.local.channel import Channel, Frame
-from tpool.local.seeding import seed_worker
+from tpool.local.seeding import load_generators
 
 # A program that makes one pool after the other finds the zygote warm; one that is done with pools gets rid of a
 # process of some 100 MB soon.
@@ -231,7 +231,7 @@ def _import_all(config: ZygoteConfig) -> str | None:
 
         for name in config.preload:
             importlib.import_module(name)
-        seed_worker(0)  # a worker has a seed of its own; this is for what it loads
+        load_generators()
     except Exception as error:
         return f"{error}\n{traceback.format_exc()}"
     return None

