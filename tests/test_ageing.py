@@ -75,13 +75,15 @@ def test_free_memory_goes_back_after_the_second_look(memory, clock):
         assert committed_nbytes(memory) == left * MIB
 
 
-def test_who_is_woken_often_looks_as_often(memory, clock):
+@pytest.mark.parametrize("pause", [AGE_SECONDS / 4, AGE_SECONDS * 5 / 6, AGE_SECONDS - 0.1])
+def test_what_comes_meanwhile_puts_nothing_off(memory, clock, pause):
+    """A thread that something wakes after each pause."""
     memory.allocate(8 * MIB)
-    for _ in range(2 * 4):
-        assert committed_nbytes(memory) == 8 * MIB
-        clock.now += AGE_SECONDS / 4
-        memory.limit_wait(None)
-    assert committed_nbytes(memory) == 0
+    began = next_one = clock.now
+    while committed_nbytes(memory):
+        next_one += pause if clock.now >= next_one else 0.0
+        clock.now += min(memory.limit_wait(None) or 0.0, next_one - clock.now)
+    assert clock.now - began == pytest.approx(2 * AGE_SECONDS)
 
 
 def test_what_is_used_again_and_again_stays_and_the_rest_goes(memory, clock):
