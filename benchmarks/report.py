@@ -58,7 +58,7 @@ def comparison(runs: Sequence[Results]) -> str:
         met = {(True,): "met", (False,): "**missed**"}.get(tuple(outcomes), "to either side")
         spreads = [verdict.spread for verdict in found if verdict.spread is not None]
         meet = not spreads or max(low for low, _ in spreads) <= min(high for _, high in spreads)
-        cells = [" ".join(_target_row(each[target])[3:5]).strip() if target in each else "" for each in judged]
+        cells = [" ".join(_measured(each[target])).strip() if target in each else "" for each in judged]
         agree = "" if len(spreads) < 2 else "agree" if meet else "**differ**"
         rows.append([target.case, target.pool, _bound(target), *cells, met, agree])
     head = ["case", "pool", "target", *(f"run {number} (range)" for number in range(1, len(runs) + 1)), "", "runs"]
@@ -115,11 +115,15 @@ def _targets(results: Results) -> str:
 
 def _target_row(verdict: Verdict) -> list[str]:
     target = verdict.target
-    measured = "–" if verdict.measured is None else f"{verdict.measured:.3g}"
-    spread = "" if verdict.spread is None else f"{verdict.spread[0]:.3g} – {verdict.spread[1]:.3g}"
     missed = "**failed**" if verdict.measured is None else "**missed**"
     outcome = {True: "met", False: missed, None: "not measured"}[verdict.met]
-    return [target.case, target.pool, _bound(target), measured, spread, outcome]
+    return [target.case, target.pool, _bound(target), *_measured(verdict), outcome]
+
+
+def _measured(verdict: Verdict) -> tuple[str, str]:
+    """What was measured, and the spread."""
+    spread = "" if verdict.spread is None else f"{verdict.spread[0]:.3g} – {verdict.spread[1]:.3g}"
+    return "–" if verdict.measured is None else f"{verdict.measured:.3g}", spread
 
 
 def _bound(target: Target) -> str:

@@ -1,4 +1,4 @@
-"""Random numbers that depend on the task alone: a stream of its own for each call on each item.
+"""Seeds of random numbers: of a worker, and of a task, so that its numbers depend on the task alone.
 
 The seed of a task is a hash of the pool's seed, the number of the call in the pool and the place of the item in the
 call: no state, so it is the same whatever the workers, the chunks, the order or the retries (the idea of numpy's

@@ -249,8 +249,8 @@ class BlockTable:
     def collect_garbage(self) -> None:
         """As ``collect``, after a collection of garbage: cycles may hold views.
 
-        For who would have to give up otherwise: it takes as long as the program has objects, 0.1 s and more, and runs
-        finalizers. Left to itself the collector counts objects, not their bytes, and comes after some hundreds.
+        For who would have to give up otherwise: it takes 0.09 s in a caller that has little but torch, more with more
+        objects, and runs finalizers. Left to itself the collector counts objects, not bytes, and comes after hundreds.
         """
         gc.collect()
         self.collect()
