@@ -54,6 +54,18 @@ def _check_reason(marker: pytest.Mark) -> None:
         pytest.fail("@pytest.mark.leaves needs one argument: the reason, in words", pytrace=False)
 
 
+@pytest.fixture(scope="module")
+def peering() -> Iterator[Any]:
+    """Another process, which answers with what it was sent; of the module alone."""
+    import kinds
+    from codec_peer import Peering
+
+    peering = Peering()
+    yield peering
+    peering.close()
+    kinds.forget_scratch()
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[Any]:
     """A Ray of this test run alone, with room for four workers; started once, as that takes seconds."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import kinds
 import pytest
 import torch
 from codec_peer import Peering, codec_for
@@ -16,14 +14,6 @@ from tpool.tensors import reducers_alike
 from tpool.tensors.pickler import Codec
 
 MODES = [("share", True), ("copy", True), ("share", False)]
-
-
-@pytest.fixture(scope="module")
-def peering() -> Iterator[Peering]:
-    peering = Peering()
-    yield peering
-    peering.close()
-    kinds.forget_scratch()
 
 
 @pytest.fixture

@@ -5,11 +5,9 @@ from __future__ import annotations
 import gc
 import itertools
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import kinds
 import numpy as np
 import pytest
 import torch
@@ -26,14 +24,6 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 MODES = {"share": ("share", True), "share without swap": ("share", False), "copy": ("copy", True)}
-
-
-@pytest.fixture(scope="module")
-def peering() -> Iterator[Peering]:
-    peering = Peering()
-    yield peering
-    peering.close()
-    kinds.forget_scratch()
 
 
 def travel(peering: Peering, obj: Any, mode: str, kind: str = "", act: str = "echo") -> Any:

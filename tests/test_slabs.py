@@ -5,11 +5,9 @@ from __future__ import annotations
 import itertools
 import random
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import kinds
 import pytest
 import torch
 from codec_peer import Far, Peering, codec_for
@@ -22,14 +20,6 @@ from tpool.tensors.extents import ALIGNMENT
 from tpool.tensors.pickler import Codec
 from tpool.tensors.slabs import ALONE, SLAB_NBYTES, SMALL_NBYTES, Slabs
 from tpool.tensors.storages import Outgoing
-
-
-@pytest.fixture(scope="module")
-def peering() -> Iterator[Peering]:
-    peering = Peering()
-    yield peering
-    peering.close()
-    kinds.forget_scratch()
 
 
 @pytest.fixture(params=["share", "copy"])
