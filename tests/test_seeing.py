@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import re
@@ -15,7 +16,9 @@ from methods import METHODS
 from support import wait_until
 
 import tpool
+from tpool import report
 from tpool.local import stacks
+from tpool.roster import Worker, WorkerState
 
 DEADLINE = 30
 
@@ -150,6 +153,24 @@ def test_in_a_line_and_as_a_table(pool, tmp_path):
     assert table.count("<tr>") == 3
     assert "<caption>&lt;tpool.Pool state=RUN" in table
     assert "runs task 0 of apply(tell_pid_and_hang)" in table
+
+
+def test_a_worker_whose_state_changes_under_the_look(pool, monkeypatch):
+    pool.apply(tasks.double, (1,))
+    states = itertools.cycle([WorkerState.STARTING, WorkerState.READY])
+    monkeypatch.setattr(Worker, "state", property(lambda self: next(states)))
+    doings = [report.doings(pool._handler, pool._engine.look()) for _ in range(3)]
+    monkeypatch.undo()
+    assert {doing.what for each in doings for doing in each} <= {"starting", "idle"}
+
+
+def test_a_table_of_a_pool_that_grows(pool):
+    before = pool.stats()
+    pool.resize(3)
+    wait_until(lambda: len(pool.stats().workers) == 3, DEADLINE)
+    handler, look = pool._handler, pool._engine.look()
+    assert report.html_table("", handler, look, before).count("<tr>") == 3
+    assert report.html_table("", handler, look, pool.stats()).count("<tr>") == 4
 
 
 # The numbers ------------------------------------------------------------------------------------------------------

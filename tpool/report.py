@@ -62,8 +62,9 @@ def _doing(slot: int, worker: Worker | None, handler: Handler, look: Look) -> Do
     direct = None if job is None else handler.direct.get(job)
     if direct is not None:
         return Doing(slot, pid, f"runs {direct[0]}", monotonic() - direct[1], True)
-    if worker.state in _STATES:
-        return Doing(slot, pid, _STATES[worker.state], None, False)
+    state = _STATES.get(worker.state)
+    if state is not None:
+        return Doing(slot, pid, state, None, False)
     held = list(worker.held)
     if not held:
         return Doing(slot, pid, "idle", None, False)
@@ -167,6 +168,8 @@ def html_table(head: str, handler: Handler, look: Look, stats: PoolStats) -> str
     )
     rows = []
     for doing in doings(handler, look):
+        if doing.id >= len(stats.workers):
+            break  # the pool has grown since they were counted
         worker = stats.workers[doing.id]
         seconds = "" if doing.seconds is None else f"{doing.seconds:.1f}"
         cells = (doing.id, doing.pid, doing.what, seconds, worker.tasks_done, f"{worker.busy_seconds:.1f}",
