@@ -56,6 +56,15 @@ def test_a_call_finds_the_lent_worker(pool, direct_calls):
     assert pool.stats().tasks_done == before + 2
 
 
+def test_memory_in_the_garbage_of_a_lent_worker():
+    """The handler cannot ask it before it is back."""
+    with tpool.Pool(1, memory="64MB") as pool:
+        for _ in range(2):  # 20 MB each
+            pool.apply(tasks.leave_in_cycle, (5_000_000,))
+        lend(pool)
+        assert pool.apply(len, (torch.ones(14_000_000),)) == 14_000_000
+
+
 def test_others_get_the_worker_back(pool, direct_calls):
     assert pool.map(tasks.double, range(10)) == [2 * x for x in range(10)]
     assert pool.apply_async(tasks.double, (4,)).get(DEADLINE) == 8

@@ -25,6 +25,9 @@ RECENT_SECONDS = 0.05
 # How long there must be no hope until one of those who wait is told. Give-backs that are on their way take
 # milliseconds; a caller that is about to drop a result should be given a moment.
 HOPELESS_SECONDS = 0.5
+# How long workers may take to look through their garbage, which is in the way of no task: 0.01 s where it is little,
+# seconds with ten million objects. One that takes longer is stopped, or hangs in a thread that a task left.
+TRIM_SECONDS = 20
 # The same where the hope is only in going beyond the budget: nobody's result is lost by that, so it may come soon.
 GRANT_SECONDS = 0.02
 
@@ -52,6 +55,7 @@ class Hunger:
         # When somebody last waited; who waits does so many times in a row, with a look at the memory between.
         self._impatient_at = self._patient_at = -RECENT_SECONDS
         self._verdict_at = -RECENT_SECONDS  # when it was found that there is no hope; taken by one who waits
+        self._asked_at: float | None = None  # when all workers were asked for what they can spare
         self._hopeless_since: float | None = None
 
     def set_patience(self, patient: Callable[[], bool] | None) -> None:
@@ -81,7 +85,7 @@ class Hunger:
 
     def tell_news(self) -> None:
         """Memory may have come back."""
-        if self._hopeless_since is not None or self._waits(self._impatient_at) or self._waits(self._patient_at):
+        if self._asked_at is not None or self._waits(self._impatient_at) or self._waits(self._patient_at):
             with self._news:
                 self._news.notify_all()
 
@@ -98,27 +102,40 @@ class Hunger:
     ) -> bool:
         """Before the handler blocks: give up on somebody where there is no hope.
 
+        Args:
+            members: the workers. Those that are lent must come back while this returns True.
+            starving: those that wait.
+            consumers: of results.
+            flush: writes to a worker what waits to be written.
+
         Returns:
             Whether anybody waits, so that the handler should look again soon.
         """
         impatient, patient = self._waits(self._impatient_at), self._waits(self._patient_at)
         if not (starving or impatient or patient):
-            self._hopeless_since = None
+            self._take_heart()
             return False
         working = any(member.may_finish for member in members)
         consumable = (starving or patient) and consumers.may_give_back()
         if working or (consumable and not impatient):
-            self._hopeless_since = None
-        elif self._hopeless_since is None:
-            self._hopeless_since = monotonic()
-            for member in members:
-                # One that sleeps keeps its free memory until it is asked.
-                if not (member.starving or member.lent):
+            self._take_heart()
+        elif self._asked_at is None:
+            # One that sleeps keeps its free memory until it is asked, and what is in its garbage.
+            if not any(member.lent for member in members):
+                self._asked_at = monotonic()
+                for member in members:
                     member.put_trim()
                     flush(member)
+        elif self._hopeless_since is None:
+            answered = not any(member.trimming and not member.ended for member in members)
+            if answered or monotonic() > self._asked_at + TRIM_SECONDS:
+                self._hopeless_since = monotonic()
         else:
             self._decide(monotonic() - self._hopeless_since, next(iter(starving), None), consumers, flush)
         return True
+
+    def _take_heart(self) -> None:
+        self._asked_at = self._hopeless_since = None
 
     def _decide(
         self, seconds: float, starving: Member | None, consumers: Consumers, flush: Callable[[Member], None]
@@ -136,4 +153,4 @@ class Hunger:
                 flush(starving)
         else:
             return
-        self._hopeless_since = None
+        self._take_heart()

@@ -227,6 +227,8 @@ class Member(Orders):
         elif kind == Kind.STARVING:
             self.starving = True
             self._crew.starving[self] = None
+        elif kind == Kind.TRIMMED:
+            self.trimming = False
         elif kind == Kind.FALTERED:
             self._falter(frame, events)
         elif kind == Kind.OVERWEIGHT:

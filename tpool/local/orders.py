@@ -33,13 +33,14 @@ class Orders:
         held: how many tasks were sent and neither answered nor taken back.
         sent: how many tasks were sent that are the scheduler's.
         starving: it waits for memory.
+        trimming: it was asked for the memory that it can spare, and has not answered.
     """
 
     def __init__(self, slot: int, channel: Channel, claims_fd: int, memory: PoolMemory, crew: Crew) -> None:
         self.channel = channel
         self.claims_fd = claims_fd
         self.held = self.sent = 0
-        self.starving = False
+        self.starving = self.trimming = False
         self._memory = memory
         self._peer = memory.peers[slot]
         self._crew = crew
@@ -208,7 +209,8 @@ class Orders:
         self.channel.put(Kind.GRANT, b"")
 
     def put_trim(self) -> None:
-        """Ask it for the memory that it keeps warm and does not use."""
+        """Ask it for the memory that it can spare: kept warm, or in its garbage."""
+        self.trimming = True
         self.channel.put(Kind.TRIM, b"")
 
     def _stop_starving(self) -> None:

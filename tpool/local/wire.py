@@ -50,6 +50,7 @@ class Kind(IntEnum):
     RESULT = 22
     SETTLED = 23
     STARVING = 24
+    TRIMMED = 34
     BELL = 25
     FALTERED = 27
     LINGERING = 28

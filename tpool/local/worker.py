@@ -252,6 +252,7 @@ class Worker:
             self._initializer = self._unpack(frame, 0)
         elif kind == Kind.TRIM:
             self._table.collect_garbage()  # which gives idle memory back where somebody waits for it
+            self._replies.send(Kind.TRIMMED)
         elif kind == Kind.GRANT:
             self._memory.grant()
             self._replies.starving = False  # if it does not help, the parent is to hear of it again
