@@ -201,42 +201,82 @@ def test_a_storage_of_a_later_message_does_not_land_in_an_old_slab(peering: Peer
     assert not {block.offset for block in first.blocks} & {block.offset for block in second.blocks}
 
 
+@pytest.mark.parametrize("inner_sends", ["the tensor", "its list"])
+@pytest.mark.parametrize("outer_sends", ["the tensor", "its list"])
 @pytest.mark.parametrize("moment", ["before the copy", "after the copy", "after the last look"])
 def test_a_signal_handler_that_sends_what_is_being_sent(
-    peering: Peering, monkeypatch: pytest.MonkeyPatch, moment: str
+    peering: Peering, monkeypatch: pytest.MonkeyPatch, moment: str, outer_sends: str, inner_sends: str
 ) -> None:
     """In the same thread, in the middle of the move; played by what the move calls."""
     codec = codec_for(peering.arena, "share")
-    tensor = torch.full((1000,), 7.0)
+    tensors = [torch.full((1000,), 7.0) for _ in range(40)]
+    tensor = tensors[5]  # the sixth to be moved, where all of them are
+    calls = 0
     inner: list[Any] = []
     copy, look = moving._memmove, torch_private.only_owner
+
+    def payload_of(what: str) -> Any:
+        return codec.dumps([tensor] if what == "the tensor" else tensors)
 
     def interrupt() -> None:
         if not inner:
             inner.append(None)
-            inner[0] = codec.dumps(tensor)
+            inner[0] = payload_of(inner_sends)
             tensor.add_(1)  # which the receiver of the inner message is to see
 
     def copy_interrupted(*arguments: int) -> None:
-        if moment == "before the copy":
+        nonlocal calls
+        calls += 1
+        met = calls == (6 if outer_sends == "its list" else 1)
+        if met and moment == "before the copy":
             interrupt()
         copy(*arguments)
-        if moment == "after the copy":
+        if met and moment == "after the copy":
             interrupt()
 
     def look_interrupted(*arguments: Any) -> bool:
         found = look(*arguments)
-        if moment == "after the last look":
+        if moment == "after the last look" and arguments[1] is tensor:
             interrupt()
         return found
 
     monkeypatch.setattr(moving, "_memmove", copy_interrupted)
     monkeypatch.setattr(torch_private, "only_owner", look_interrupted)
-    outer = codec.dumps(tensor)
+    outer = payload_of(outer_sends)
     monkeypatch.undo()
+    assert inner
+    assert vars(tensor.untyped_storage()), "the outer move might have read memory that is gone"
     assert bool(tensor.eq(8).all())
-    for payload in (inner[0], outer):
-        assert bool(codec.loads(peering.ask("", payload, act="echo")).eq(8).all())
-        tensor.add_(1)
-        tensor.sub_(1)
-    assert len({payload.blocks[0].offset for payload in (inner[0], outer)}) == 1
+    for payload, what in ((inner[0], inner_sends), (outer, outer_sends)):
+        arrived = codec.loads(peering.ask("", payload, act="echo"))
+        assert len(arrived) == (1 if what == "the tensor" else 40)
+        assert [float(each[7]) for each in arrived] == [
+            8.0 if len(arrived) == 1 or at == 5 else 7.0 for at in range(len(arrived))
+        ]
+        assert arrived[0 if len(arrived) == 1 else 5].data_ptr() == tensor.data_ptr()
+
+
+def test_of_a_list_only_what_others_know_stays_parked(peering: Peering) -> None:
+    tensors = numbered(40)
+    known = tensors[7].numpy()
+    view = tensors[9][:5]
+    payload = codec_for(peering.arena, "share").dumps(tensors)
+    parked = [at for at, tensor in enumerate(tensors) if vars(tensor.untyped_storage())]
+    assert parked == [7, 9]
+    assert known.tolist() == [7.0] * 256  # its memory is still there
+    assert view.tolist() == [9.0] * 5
+    assert len(payload.blocks) == 1
+
+
+def test_a_list_of_which_some_lie_in_blocks_and_some_are_sent_twice(peering: Peering) -> None:
+    codec = codec_for(peering.arena, "share")
+    tensors = numbered(60)
+    kept = [codec.dumps(tensors[at]) for at in (10, 11, 59)]
+    again = tensors[40].view(256)
+    before = {at: tensors[at].data_ptr() for at in (10, 11, 59)}
+    back = travel(peering, codec, [*tensors, again])
+    assert [float(tensor[3]) for tensor in back] == [*map(float, range(60)), 40.0]
+    assert {at: tensors[at].data_ptr() for at in before} == before
+    back[60][3] = 77
+    assert float(back[40][3]) == float(tensors[40][3]) == 77
+    assert len(kept) == 3

@@ -34,6 +34,7 @@ class BlockTable:
     Attributes:
         lock_name: what locks of this process are named that hang on objects which forked children inherit.
         moving_small: taken by whoever moves a small storage; reentrant, as a signal handler may send one too.
+        span: all blocks lie between these two addresses, as does memory that is not ours.
     """
 
     def __init__(self) -> None:
@@ -48,6 +49,7 @@ class BlockTable:
         self._entries: dict[int, Entry] = {}  # by address
         self._slabs: list[int] = []  # addresses, sorted
         self._mapped: dict[int, Mapped] = {}  # by arena id
+        self.span = (0, 0)
         self._peers: set[Peer] = set()  # who ever held a lease and was not forgotten; for check
         self._held_by_fork: dict[int, list[Entry]] = {}
 
@@ -67,6 +69,12 @@ class BlockTable:
         with self._lock:
             if self._mapped.setdefault(arena.id, mapped).arena is not arena:
                 raise ProtocolError(f"there are two arenas with the id {arena.id:016x}")
+            self._measure()
+
+    def _measure(self) -> None:
+        arenas = [mapped.arena for mapped in list(self._mapped.values())]
+        addresses = [arena.address for arena in arenas] + [arena.address + arena.nbytes for arena in arenas]
+        self.span = (min(addresses), max(addresses)) if addresses else (0, 0)
 
     def remove(self, arena: Arena) -> None:
         """The arena's pool has ended: it is closed once no block of it lives here, and nobody is told any more."""
@@ -94,6 +102,7 @@ class BlockTable:
     def _close_if_empty(self, mapped: Mapped) -> None:
         if not mapped.entries:
             self._mapped.pop(mapped.arena.id, None)
+            self._measure()
             mapped.arena.close()
 
     # Blocks --------------------------------------------------------------------------------------------------------

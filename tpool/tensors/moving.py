@@ -17,18 +17,18 @@ import contextlib
 import ctypes
 import gc
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from tpool.tensors import leases, torch_private
-from tpool.tensors.slabs import SMALL_NBYTES
+from tpool.tensors.slabs import SMALL_NBYTES, Room
 
 if TYPE_CHECKING:
     from tpool.tensors.leases import Block
 
-__all__ = ["ParkingLot", "copy_bytes", "known_to_tensors_alone", "move_storage"]
+__all__ = ["ParkingLot", "copy_bytes", "known_to_tensors_alone", "move_small", "move_storage"]
 
 # Old memory that stays parked until somebody looks closer who knows it. A look costs 30-60 ms (it asks the garbage
 # collector for all tensors), as much as moving this many bytes into memory that is not warm; smaller, and messages
@@ -79,6 +79,54 @@ def move_storage(
             # Whoever waits for this lock, or makes a new one, finds the storage moved. Kept, it would cost 300 bytes.
             vars(storage).pop(leases.table().lock_name, None)
         return True
+
+
+def move_small(
+    storages: Sequence[torch.UntypedStorage], tensors: Sequence[torch.Tensor], nbytes: int, room: Room
+) -> tuple[int, list[torch.UntypedStorage]]:
+    """Move small storages of one size into a slab, one after the other, as ``move_storage`` does.
+
+    For many the calls between its steps would cost as much as the steps: 5.2 us for each of 250 of 4 KB, so 3.7.
+
+    Args:
+        storages: as many as there is room for.
+        tensors: on each the one that is being sent.
+        nbytes: how large each is.
+        room: where they go.
+
+    Returns:
+        How many were moved, up to the first that may lie in a block already or is shared by torch; and those of them
+        whose old memory is parked though they are resizable.
+    """
+    table = leases.table()
+    lock = table.moving_small
+    nested = lock._is_owned()  # type: ignore[attr-defined]
+    memory, start = room.memory, room.start
+    base = memory.data_ptr()
+    only_owner, swap_data = torch_private.only_owner, torch_private.swap_data
+    moved = 0
+    parked: list[torch.UntypedStorage] = []
+    with lock:
+        for storage, tensor in zip(storages, tensors, strict=True):
+            address = storage.data_ptr()
+            low, high = table.span  # now: user code may have made a pool meanwhile, in a signal handler
+            if low <= address < high or storage.is_shared():
+                break
+            target = memory[start : start + nbytes]
+            _memmove(base + start, address, nbytes)
+            resizable = storage.resizable()
+            unknown = not nested and resizable and only_owner(storage, tensor)
+            swap_data(storage, target)
+            if target.data_ptr() != address:
+                swap_data(storage, target)
+                break
+            if not unknown:
+                setattr(storage, _PARKED, (target, getattr(storage, _PARKED, None)))
+                if resizable:
+                    parked.append(storage)
+            start += room.step
+            moved += 1
+    return moved, parked
 
 
 def copy_bytes(storage: torch.UntypedStorage, first: int, nbytes: int, block: Block, start: int) -> None:

@@ -66,8 +66,7 @@ def _places(tensors: list[torch.Tensor], sender: Outgoing) -> tuple[list[int], l
     size, dtype, nbytes = tensors[0].shape, tensors[0].dtype, tensors[0].nbytes
     if not nbytes or 1 in size:  # a dimension of 1 may have any stride
         return None
-    indices: list[int] = []
-    starts: list[int] = []
+    storages: list[torch.UntypedStorage] = []
     for tensor in tensors:
         if (
             dispatch_keys(tensor) != plain_keys
@@ -79,13 +78,7 @@ def _places(tensors: list[torch.Tensor], sender: Outgoing) -> tuple[list[int], l
         ):
             return None
         storage = tensor.untyped_storage()
-        place = sender.place(storage, tensor) if storage.nbytes() == nbytes else None
-        if place is None:
+        if storage.nbytes() != nbytes:
             return None
-        if type(place) is int:
-            indices.append(place)
-            starts.append(-1)
-        else:
-            indices.append(place[0])  # type: ignore[index]
-            starts.append(place[1])  # type: ignore[index]
-    return indices, starts
+        storages.append(storage)
+    return sender.place_alike(storages, tensors, nbytes)

@@ -8,6 +8,7 @@ in it is gone, wherever that is; so slabs are small, and no larger than twice wh
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -15,7 +16,7 @@ from tpool.tensors import leases
 from tpool.tensors.extents import ALIGNMENT
 from tpool.tensors.leases import Block
 
-__all__ = ["Place", "Slabs"]
+__all__ = ["Place", "Room", "Slabs"]
 
 # Larger storages have a block of their own, as the price is less than a tenth of what they cost.
 SMALL_NBYTES = 8 << 10
@@ -25,6 +26,25 @@ ALONE = 3
 
 # One storage that is kept holds at most so much memory. Twice as much would save a twentieth of the time.
 SLAB_NBYTES = 64 << 10
+
+
+class Room(NamedTuple):
+    """A part of a slab for storages of one size, one beside the other.
+
+    Attributes:
+        block: the slab.
+        memory: all of it.
+        start: the first byte of the first storage.
+        step: from one storage to the next, in bytes.
+        places: for how many storages.
+    """
+
+    block: Block
+    memory: torch.UntypedStorage
+    start: int
+    step: int
+    places: int
+
 
 Place = int | tuple[int, int, int]
 """Where a storage of a message lies: the index of its block; or in a slab: (index, first byte, nbytes)."""
@@ -61,23 +81,50 @@ class Slabs:
             return self._allocate(nbytes), 0
         block = self._block
         if block is None or self._used + need > block.nbytes:
-            block = self._block = self._allocate(min(SLAB_NBYTES, max(4 * need, 2 * self._met_nbytes)))
-            leases.table().note_slab(block)
-            self._memory, self._index = None, -1
-            self._used = 0
+            block = self._begin(max(4 * need, 2 * self._met_nbytes))
         start = self._used
         self._used = start + need
         return block, start
+
+    def _begin(self, nbytes: int) -> Block:
+        block = self._block = self._allocate(min(SLAB_NBYTES, nbytes))
+        leases.table().note_slab(block)
+        self._memory, self._index = None, -1
+        self._used = 0
+        return block
+
+    def room(self, nbytes: int, count: int) -> Room:
+        """Room for one of ``count`` small storages of one size at least, and for all of them if a slab has so much.
+
+        It is nobody's before it is taken, which is before anything else is asked for.
+        """
+        need = nbytes + ALIGNMENT - 1 & -ALIGNMENT
+        block = self._block
+        if block is None or self._used + need > block.nbytes:
+            block = self._begin(max(4 * need, count * need))
+        return Room(block, self._whole(block), self._used, need, min(count, (block.nbytes - self._used) // need))
+
+    def take(self, room: Room, count: int) -> int:
+        """Take a part of the room, for so many storages and one at least; gives the index of the slab's block."""
+        self._used += count * room.step
+        self._met += count
+        self._met_nbytes += count * room.step
+        if self._index < 0:
+            self._index = self._add(room.block)
+        return self._index
 
     def storage(self, block: Block, start: int, nbytes: int) -> torch.UntypedStorage:
         """A storage on what was claimed."""
         if block is not self._block:
             return torch.frombuffer(block.view, dtype=torch.uint8).untyped_storage()
+        part: torch.UntypedStorage = self._whole(block)[start : start + nbytes]  # 1.5 us; frombuffer takes 2.4
+        return part
+
+    def _whole(self, block: Block) -> torch.UntypedStorage:
         memory = self._memory
         if memory is None:
             memory = self._memory = torch.frombuffer(block.view, dtype=torch.uint8).untyped_storage()
-        part: torch.UntypedStorage = memory[start : start + nbytes]  # 1.5 us; frombuffer takes 2.4
-        return part
+        return memory
 
     def place(self, block: Block, start: int, nbytes: int) -> Place:
         """The place of ``nbytes`` from a block's byte ``start``; the block travels with the message from now on."""
@@ -87,11 +134,15 @@ class Slabs:
         if not start and nbytes == block.nbytes:
             blocks.append(block)
             return len(blocks) - 1
-        address = block.arena.address + block.offset
-        index = self._indices.get(address)
-        if index is None:
-            blocks.append(block)
-            index = self._indices[address] = len(blocks) - 1
+        index = self._add(block)
         if block is self._block:
             self._index = index
         return index, start, nbytes
+
+    def _add(self, block: Block) -> int:
+        address = block.arena.address + block.offset
+        index = self._indices.get(address)
+        if index is None:
+            self._blocks.append(block)
+            index = self._indices[address] = len(self._blocks) - 1
+        return index

@@ -25,8 +25,8 @@ import torch
 from tpool.errors import UnsupportedTensorError
 from tpool.tensors import leases, torch_private
 from tpool.tensors.arrivals import fd_storage, named_storage
-from tpool.tensors.moving import ParkingLot, copy_bytes, known_to_tensors_alone, move_storage
-from tpool.tensors.slabs import Place, Slabs
+from tpool.tensors.moving import ParkingLot, copy_bytes, known_to_tensors_alone, move_small, move_storage
+from tpool.tensors.slabs import SMALL_NBYTES, Place, Slabs
 from tpool.tensors.token import Token
 
 if TYPE_CHECKING:
@@ -149,6 +149,63 @@ class Outgoing:
         self._met.append(storage)
         place = self._places[key] = self._slabs.place(*found, nbytes)
         return place
+
+    def place_alike(
+        self, storages: list[torch.UntypedStorage], tensors: list[torch.Tensor], nbytes: int
+    ) -> tuple[list[int], list[int]] | None:
+        """Where each of many storages of one size lies.
+
+        Args:
+            storages: on the CPU.
+            tensors: on each the one that is being sent; nobody else has been placed in this message.
+            nbytes: how large each is; not 0.
+
+        Returns:
+            The indices of their blocks, and their first bytes there, -1 where a storage is all of the block; None if
+            one goes by torch's own handle.
+        """
+        indices: list[int] = []
+        starts: list[int] = []
+        if nbytes <= SMALL_NBYTES and self.sharing == "share" and self.can_swap:
+            self._move_alike(storages, tensors, nbytes, indices, starts)
+        moved = len(indices)
+        for storage, tensor in zip(storages[moved:], tensors[moved:], strict=True):
+            place = self.place(storage, tensor)
+            if place is None:
+                return None
+            if type(place) is int:
+                indices.append(place)
+                starts.append(-1)
+            else:
+                indices.append(place[0])  # type: ignore[index]
+                starts.append(place[1])  # type: ignore[index]
+        return indices, starts
+
+    def _move_alike(
+        self,
+        storages: list[torch.UntypedStorage],
+        tensors: list[torch.Tensor],
+        nbytes: int,
+        indices: list[int],
+        starts: list[int],
+    ) -> None:
+        """Move small storages into slabs, up to the first that must be looked at more closely."""
+        low, high = leases.table().span
+        if low <= storages[0].data_ptr() < high:
+            return
+        first, count = 0, len(storages)
+        while first < count:
+            room = self._slabs.room(nbytes, count - first)
+            run = slice(first, first + room.places)
+            moved, parked = move_small(storages[run], tensors[run], nbytes, room)
+            if moved:
+                indices += [self._slabs.take(room, moved)] * moved
+                starts += range(room.start, room.start + moved * room.step, room.step)
+            for storage in parked:
+                self._parking.note(storage, nbytes)
+            first += moved
+            if moved < room.places:
+                return
 
     def place_region(self, storage: torch.UntypedStorage, start: int, stop: int) -> tuple[Place, int] | None:
         """In mode ``"copy"``: send only the bytes from ``start`` to ``stop``.
