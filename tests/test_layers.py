@@ -35,6 +35,7 @@ ROWS = [
     ["tpool.tensors.reducers_content"],
     ["tpool.tensors.reducers_alike", "tpool.tensors.reducers_subclasses"],
     ["tpool.tensors.reducers"],
+    ["tpool.tensors.bare"],
     ["tpool.tensors.names"],
     ["tpool.tensors.byvalue"],
     ["tpool.tensors.catalogue", "tpool.tensors.registry"],

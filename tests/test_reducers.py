@@ -91,7 +91,7 @@ def test_a_default_device_and_default_dtype_change_nothing(arena: Arena) -> None
 
 
 def test_a_stream_cannot_be_read_without_its_blocks(arena: Arena) -> None:
-    payload = codec_for(arena, "share").dumps(torch.zeros(3))
+    payload = codec_for(arena, "share").dumps((torch.zeros(3),))
     assert isinstance(payload.data, bytes)
     with pytest.raises(DecodeError, match="together with its shared memory"):
         pickle.loads(payload.data)

@@ -26,6 +26,7 @@ from typing import Any, cast
 import torch
 
 from tpool.tensors import descriptors, reducers, torch_private, unpickler
+from tpool.tensors.bare import dumps_bare
 from tpool.tensors.byvalue import DISPATCH, NAMED_TYPES
 from tpool.tensors.cures import add_cure
 from tpool.tensors.definitions import Definitions
@@ -104,6 +105,9 @@ class Codec:
             SharedMemoryExhausted: no memory for its bytes.
         """
         outgoing = self.new_outgoing(sharing or self.sharing)
+        bare = dumps_bare(obj, outgoing) if self.can_swap else None
+        if bare is not None:
+            return bare
         if type(obj) is list:
             obj = as_alike(obj) or obj
         while True:

@@ -37,7 +37,7 @@ from tpool.tensors.reducers_content import Reduced, content, dense, dress, refus
 if TYPE_CHECKING:
     from tpool.tensors.storages import Outgoing
 
-__all__ = ["reduce"]
+__all__ = ["dense", "is_plain", "reduce"]
 
 
 def reduce(obj: Any, sender: Outgoing) -> Reduced | Any:
@@ -64,15 +64,20 @@ def reduce(obj: Any, sender: Outgoing) -> Reduced | Any:
 
 def reduce_tensor(tensor: torch.Tensor, sender: Outgoing) -> Reduced:
     """A tensor of exactly the class ``torch.Tensor``."""
-    if (
+    if is_plain(tensor):
+        return dense(tensor, sender)
+    refuse_non_leaf(tensor)
+    return dress(tensor, content(tensor, sender), torch.Tensor, tensor.__dict__)
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of exactly the class ``torch.Tensor`` is a dense one on the CPU with nothing around it."""
+    return (
         torch_private.dispatch_keys(tensor) == torch_private.PLAIN_KEYS
         and not tensor.requires_grad
         and tensor.grad is None
         and not tensor.__dict__
-    ):
-        return dense(tensor, sender)
-    refuse_non_leaf(tensor)
-    return dress(tensor, content(tensor, sender), torch.Tensor, tensor.__dict__)
+    )
 
 
 def reduce_parameter(parameter: Parameter, sender: Outgoing) -> Reduced:

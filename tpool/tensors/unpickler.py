@@ -13,6 +13,7 @@ from typing import Any
 
 from tpool.errors import DecodeError
 from tpool.tensors import arrivals
+from tpool.tensors.bare import BARE, LISTED, loads_bare
 from tpool.tensors.definitions import Definitions
 from tpool.tensors.descriptors import Descriptor, received_descriptor
 from tpool.tensors.held import held_object
@@ -21,6 +22,8 @@ from tpool.tensors.payload import STOP, TRAILER, GroupId, Received
 from tpool.tensors.registry import Registry, definition, inherited
 
 __all__ = ["load_group", "loads", "loads_plain"]
+
+_BARE = frozenset({BARE, LISTED})
 
 
 def loads(received: Received, rules: Definitions | Registry) -> object:
@@ -37,6 +40,8 @@ def loads(received: Received, rules: Definitions | Registry) -> object:
     try:
         if stream[-1] == STOP:
             return pickle.loads(stream)
+        if type(data) is bytes and data[-1] in _BARE:
+            return loads_bare(data, arrivals.Incoming(received.blocks, received.fds))
         context = _Context(received, rules)
         found = context.found
         return _reader(data, received, context).load()
