@@ -13,7 +13,7 @@ import torch
 from support import wait_until
 
 import tpool
-from tpool.feeder import LOOK_AGAIN_WIDE, WIDE_NBYTES
+from tpool.feeder import LOOK_AGAIN_WIDE, MAX_TASKS_PER_WORKER, WIDE_NBYTES
 from tpool.results import Failure
 from tpool.streams import Stream
 from tpool.values import Values
@@ -223,6 +223,29 @@ def test_a_slow_consumer_of_large_results_of_short_tasks_holds_few_of_them(pool)
                 before = drawn
                 threading.Event().wait(0.02)
             assert drawn - taken <= max(WIDE_NBYTES // (4 * LARGE), 4 * 2) + LOOK_AGAIN_WIDE
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "most"), [(4_000, 2 * MAX_TASKS_PER_WORKER), (400_000, WIDE_NBYTES // 400_000), (20_000_000, 8)]
+)
+def test_tensors_for_short_tasks_are_drawn_ahead_as_far_as_they_take_little(pool, nbytes, most):
+    drawn = 0
+
+    def tensors():
+        nonlocal drawn
+        while True:
+            drawn += 1
+            yield torch.empty(nbytes // 4)
+
+    results = pool.imap_unordered(tasks.discard, tensors())
+    for _ in range(400 if nbytes < 1 << 20 else 40):
+        next(results)
+    taken = 400 if nbytes < 1 << 20 else 40
+    if most > 8:
+        wait_until(lambda: drawn - taken > most // 4, DEADLINE)
+    let_it_draw()
+    assert drawn - taken <= most + LOOK_AGAIN_WIDE
+    del results
 
 
 def test_a_budget_below_one_item_still_goes_on(pool):

@@ -4,8 +4,8 @@ A slow, blocked or raising iterable, and slow user reducers, are this thread's a
 
 Back-pressure: at most ``window`` items are drawn and not yet consumed, and beyond a handful no more than
 ``max_nbytes``; shared memory that several items refer to counts once. The default window is a few tasks per worker;
-only tasks that run for microseconds and carry little get a wider one, since they travel many to a message, and then as
-many as their results are not too large for.
+only tasks that run for microseconds get a wider one, since they travel many to a message, and no more of them than
+that their items and results take a few megabytes.
 """
 
 from __future__ import annotations
@@ -32,11 +32,13 @@ WIDE_TASKS_PER_WORKER = 512
 WIDE_SECONDS = 10e-3
 MAX_TASKS_PER_WORKER = 896
 WIDE_TASK_SECONDS = 200e-6
-# But no more than whose results hold so many bytes.
+# But no more than whose items and results hold so many bytes. Streams of 4 KB and 150 KB tensors to no-ops take half
+# the time that they take with a few tasks per worker.
 WIDE_NBYTES = 32 << 20
+# After so many items, or one of so many bytes, the limit is looked at again.
 LOOK_AGAIN = 16
 LOOK_AGAIN_WIDE = 64
-WIDE_ITEM_NBYTES = 4096
+LOOK_NBYTES = 64 << 10
 
 
 class Feeder:
@@ -67,7 +69,8 @@ class Feeder:
         self._processes = processes
         self._packs = packs
         self._basket: Basket | None = None  # takes the next item, if that is light
-        self._wide = False  # tasks of microseconds that carry little
+        self._wide = False  # tasks of microseconds, few enough of which are large
+        self._heavy = False  # the latest item that might have been light was not
         self._drawn = 0
         self._claim = threading.Lock()  # taken for good by whoever says what becomes of the job
         self._outstanding = Outstanding()
@@ -118,7 +121,7 @@ class Feeder:
             if room <= 0:
                 self._wait_for_room()
                 continue
-            if self._wide and self._packs and self._chunksize == 1:
+            if self._wide and self._packs and self._chunksize == 1 and not self._heavy:
                 if not self._draw_light(iterator, min(room, LOOK_AGAIN_WIDE)):
                     return
                 continue
@@ -133,8 +136,9 @@ class Feeder:
                 while chunk:  # each item is held by nobody but its payload once it was sent
                     self._send(chunk.pop())
                 self._latest_nbytes = (self._outstanding.nbytes - before) // count
-                if self._latest_nbytes > WIDE_ITEM_NBYTES:
+                if self._latest_nbytes > LOOK_NBYTES:
                     break
+            self._heavy = False
 
     def _draw_light(self, iterator: Iterator[Any], count: int) -> bool:
         """Draw items for the basket, up to one that does not belong there; False when there are no more."""
@@ -158,6 +162,7 @@ class Feeder:
             self._latest_nbytes = nbytes // light
         if light < drawn:
             before = self._outstanding.nbytes
+            self._heavy = True
             self._send(item)
             self._latest_nbytes = self._outstanding.nbytes - before
         return more
@@ -186,14 +191,15 @@ class Feeder:
         self._outstanding.keep(outstanding)
         result_nbytes = self._stream.result_nbytes
         each = int(result_nbytes or 0)
-        light = self._outstanding.mean_nbytes + each <= WIDE_ITEM_NBYTES
-        self._wide = light and 0 < self._stream.seconds < WIDE_TASK_SECONDS
+        item_nbytes = int(self._outstanding.mean_nbytes)
+        fits = (item_nbytes + each) * TASKS_PER_WORKER * processes <= WIDE_NBYTES
+        self._wide = fits and 0 < self._stream.seconds < WIDE_TASK_SECONDS
         if self._window is not None:
             limit = self._window
         elif self._wide:
             each_worker = min(MAX_TASKS_PER_WORKER, int(WIDE_SECONDS / self._stream.seconds))
             limit = max(WIDE_TASKS_PER_WORKER, each_worker) * processes
-            each_nbytes = max(1, self._stream.latest_nbytes)  # read once: the handler's thread writes it
+            each_nbytes = max(1, item_nbytes + self._stream.latest_nbytes)  # read once: the handler's thread writes it
             limit = max(TASKS_PER_WORKER * processes, min(limit, WIDE_NBYTES // each_nbytes))
         else:
             limit = TASKS_PER_WORKER * processes
