@@ -14,6 +14,7 @@ from support import wait_until
 
 from tpool.errors import PoolEndedError, ProtocolError, SharedMemoryExhausted
 from tpool.tensors.arena import Allocator, Arena, Ledger
+from tpool.tensors.lease_table import MANY_BLOCKS, MUCH_NBYTES
 from tpool.tensors.leases import Block, LeaseTable, Memory, Peer, table
 from tpool.tensors.memfd import PAGE_NBYTES
 
@@ -317,6 +318,20 @@ def test_blocks_of_ours_must_be_lent(pair: Pair) -> None:
             pair.a.table.receive(pair.a.arena.id, offset, nbytes, pair.a.other)
     with pytest.raises(ProtocolError):
         pair.a.table.receive(12345, 0, 64, pair.a.other)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "waits"),
+    [([64] * (MANY_BLOCKS - 1), True), ([64] * MANY_BLOCKS, False), ([MUCH_NBYTES], False), ([4096] * 20, True)],
+)
+def test_little_may_wait_to_be_given_back(pair: Pair, sizes: list[int], waits: bool) -> None:
+    sent = [pair.a.allocate(nbytes) for nbytes in sizes]
+    received = [pair.send(block, pair.a, pair.b) for block in sent]
+    assert not pair.b.table.owes_much(pair.b.other)
+    del received
+    assert pair.b.table.owes_much(pair.b.other) is not waits
+    assert len(pair.give_backs(pair.b, pair.a)) == len(sizes)
+    assert not pair.b.table.owes_much(pair.b.other)
 
 
 def test_more_than_was_lent_cannot_be_given_back(pair: Pair) -> None:

@@ -48,7 +48,7 @@ class Replies:
 
     def leave(self, job: int, index: int, seconds: float, payload: Payload | bytes) -> bool:
         """Leave a result in the outbox, as more tasks wait; False where it has to go by socket."""
-        if self._table.owes(self._parent):
+        if self._table.owes_much(self._parent):
             return False
         if isinstance(payload, bytes):
             left = self.outbox.put(job, index, seconds, payload)
@@ -72,7 +72,7 @@ class Replies:
     def leave_value(self, job: int, index: int, seconds: float, value: object) -> bool:
         """As ``leave``, for a result that need not be pickled, where it is one."""
         outbox = self.outbox
-        if self._table.owes(self._parent) or not outbox.put_value(job, index, seconds, value):
+        if self._table.owes_much(self._parent) or not outbox.put_value(job, index, seconds, value):
             return False
         if outbox.take_bell():
             self.send(Kind.BELL)
