@@ -582,7 +582,8 @@ def test_round_trips_grow_nobodys_memory():
         pids = pool.apply(os.getpid), os.getpid()
 
         def go(rounds):
-            for _ in pool.imap(tasks.double, (torch.ones(250_000) for _ in range(rounds))):
+            # With a window of its own: how far else is drawn ahead depends on how long a task happens to take.
+            for _ in pool.imap(tasks.double, (torch.ones(250_000) for _ in range(rounds)), buffersize=4):
                 pass
 
         go(200)
