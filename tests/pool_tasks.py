@@ -20,7 +20,7 @@ import numpy
 import torch
 
 import tpool
-from tpool.tensors import ageing
+from tpool.tensors import ageing, leases
 
 state = None
 
@@ -86,6 +86,34 @@ def hold_until(tensor, path):
         del held
 
     threading.Thread(target=hold, args=(tensor,), daemon=True).start()
+
+
+def tell_if_the_last_moved(kind_and_numel):
+    """A tensor of ones if the one that the last call returned lies in shared memory, else of zeros."""
+    kind, numel = kind_and_numel
+    last = last_returned.get("tensor")
+    moved = last is not None and leases.table().locate(last.data_ptr(), last.untyped_storage().nbytes()) is not None
+    made = torch.full((numel,), float(moved))
+    last_returned["tensor"] = made
+    if kind == "with grad":
+        return made.requires_grad_()
+    return (made,) if kind == "in a tuple" else made
+
+
+last_returned = {}
+
+
+def fill_the_same(number):
+    """The same tensor each time, as of a function that keeps a buffer."""
+    if "buffer" not in last_returned:
+        last_returned["buffer"] = torch.empty(100_000)
+    return last_returned["buffer"].fill_(number)
+
+
+def make_sparse_or_fail(number):
+    if number == 3:
+        raise KeyError(number)
+    return torch.eye(300).to_sparse() if number == 2 else torch.full((100_000,), float(number))
 
 
 def leave_in_cycle(numel):

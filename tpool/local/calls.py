@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 from time import monotonic
 from typing import Any
 
+import torch
+
 from tpool.local.wire import Mode
+from tpool.tensors import reducers
 from tpool.tensors.payload import Received
 from tpool.tensors.pickler import Codec
+
+EARLY_NBYTES = 64 << 10
+"""A tensor of so many bytes that a call of a chunk returned moves into shared memory before the next call is made.
+
+So the memory that it lay in is free, and in the processor's cache, when the next one needs some, and a chunk's results
+do not lie in private memory all at once. By turns, five rounds of ``map``: 150 KB results 0.82 of the time that it
+takes to move them when the last one is there, 1 MB 0.90, 16 MB 0.87; 20 KB 1.08.
+"""
 
 
 class Marks:
@@ -16,16 +28,23 @@ class Marks:
     Attributes:
         decoded: its function and arguments were there.
         ran: the function had returned or raised.
+        early: not when, but how long it took to move results while the function ran; ``ended`` takes account of it.
     """
 
-    __slots__ = ("decoded", "ran")
+    __slots__ = ("decoded", "early", "ran")
 
     def __init__(self) -> None:
-        self.decoded = self.ran = 0.0
+        self.decoded = self.early = self.ran = 0.0
+
+    def ended(self) -> None:
+        """The function has returned for the last time."""
+        self.ran = monotonic() - self.early
+        self.early = 0.0
 
     def fail(self, started: float) -> None:
         """The task has raised: what it had not reached since ``started`` ends now."""
         now = monotonic()
+        self.early = 0.0
         self.decoded = now if self.decoded == started else self.decoded
         self.ran = now if self.ran == started else self.ran
 
@@ -71,7 +90,7 @@ class JobCalls:
         marks.decoded = monotonic()
         if self._mode == Mode.CALL:
             return function(argument)
-        return self._call_chunk(function, argument)
+        return self._call_chunk(function, argument, codec, marks)
 
     def ready_function(self, codec: Codec) -> Any:
         """The function.
@@ -94,10 +113,11 @@ class JobCalls:
             self._error = error
 
     @staticmethod
-    def _call_chunk(function: Any, chunk: list[Any]) -> list[Any]:
+    def _call_chunk(function: Any, chunk: list[Any], codec: Codec, marks: Marks) -> list[Any]:
         """Every item runs, whatever the others do; the first error speaks for the chunk."""
         values: list[Any] = []
         first_error: BaseException | None = None
+        early = _EarlyMoves(codec, marks)
         chunk.reverse()
         while chunk:
             item = chunk.pop()  # each item's memory is free as soon as it was used
@@ -105,6 +125,34 @@ class JobCalls:
                 values.append(function(item))
             except BaseException as error:
                 first_error = first_error or error
+            else:
+                if chunk and type(values[-1]) is torch.Tensor:
+                    early.move(values[-1])
         if first_error is not None:
             raise first_error
         return values
+
+
+class _EarlyMoves:
+    """Moves results of one chunk into shared memory, where that is what sending them will mean.
+
+    Args:
+        codec: which will send them.
+        marks: is told how long it took.
+    """
+
+    def __init__(self, codec: Codec, marks: Marks) -> None:
+        self._outgoing = codec.new_outgoing(codec.sharing) if codec.sharing == "share" and codec.can_swap else None
+        self._marks = marks
+
+    def move(self, tensor: torch.Tensor) -> None:
+        """Move a tensor, if it is a large one and has a memory of its own."""
+        outgoing = self._outgoing
+        if outgoing is None or not reducers.is_plain(tensor) or tensor.nbytes < EARLY_NBYTES:
+            return
+        began = monotonic()
+        self._outgoing = None  # whatever is wrong now is met again, and told, when the chunk is sent
+        with contextlib.suppress(Exception):
+            outgoing.place(tensor.untyped_storage(), tensor)
+            self._outgoing = outgoing
+        self._marks.early += monotonic() - began

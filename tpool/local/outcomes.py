@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import traceback
-from time import monotonic
 
 from tpool.errors import MaybeEncodingError, TpoolError
 from tpool.local.calls import Marks
@@ -27,7 +26,7 @@ def encode_value(codec: Codec, value: object, marks: Marks) -> Payload | bytes:
         TpoolError: it cannot travel.
         MaybeEncodingError: pickling it raised.
     """
-    marks.ran = monotonic()
+    marks.ended()
     try:
         stream = dumps_plain(value)
         return codec.dumps(value) if stream is None else stream
