@@ -125,6 +125,13 @@ def leave_in_cycle(numel):
     return tensor
 
 
+def do_what_it_says(what):
+    """Of several kinds of task in one stream: 40 MB that also lie in garbage, 40 MB, a long nap, or nothing."""
+    if what == "nap":
+        time.sleep(2)
+    return {"garbage": leave_in_cycle, "tensor": torch.ones}.get(what, lambda _: what)(10_000_000)
+
+
 def get_pid(_=None):
     return os.getpid()
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
 import torch
-from codec_peer import Peering, codec_for
+from codec_peer import Peering, codec_for, new_arena
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpool.tensors import reducers_alike
+from tpool.errors import SharedMemoryExhausted, TransportError
+from tpool.tensors import leases, reducers_alike
 from tpool.tensors.pickler import Codec
 
 MODES = [("share", True), ("copy", True), ("share", False)]
@@ -205,3 +207,47 @@ def test_a_subclass_or_a_parameter_among_them(peering: Peering) -> None:
     sent = [*alike(10, 12), torch.nn.Parameter(torch.ones(12))]
     back = travel(peering, ("share", True), sent)
     assert [type(each) for each in back] == [type(each) for each in sent]
+
+
+@pytest.mark.parametrize("numel", [100, 10_000])
+@pytest.mark.parametrize("becomes", [0, 1, 50_000])
+def test_a_storage_that_changes_its_size_while_memory_is_waited_for(
+    peering: Peering, monkeypatch: pytest.MonkeyPatch, numel: int, becomes: int
+) -> None:
+    """As a signal handler, a finalizer or another thread may do: no memory is read or written that is not there."""
+    codec = codec_for(peering.arena, "share")
+    sent = alike(20, numel)
+    allocate = leases.Memory.allocate
+    done: list[Any] = []
+
+    def allocate_after(memory: leases.Memory, nbytes: int, **options: Any) -> Any:
+        if not done:
+            done.append(sent[11].untyped_storage().resize_(4 * becomes))
+        return allocate(memory, nbytes, **options)
+
+    monkeypatch.setattr(leases.Memory, "allocate", allocate_after)
+    payload = None
+    with contextlib.suppress(RuntimeError, TransportError):  # torch has no tensor beyond its storage
+        payload = codec.dumps(sent)
+    assert done
+    monkeypatch.undo()
+    check_arrived(alike(10, numel), sent[:10])
+    if payload is not None:
+        assert torch.equal(sent[12], torch.full((numel,), 12.0))
+
+
+def test_a_list_that_torch_shares_needs_no_memory_of_ours() -> None:
+    arena, ledger = new_arena(budget=1 << 20)
+    memory = leases.Memory(arena, lambda seconds: False)
+    try:
+        kept = [memory.allocate(nbytes) for nbytes in (900_000, 60_000)]
+        with pytest.raises(SharedMemoryExhausted):
+            memory.allocate(1 << 17)
+        payload = Codec(memory).dumps([torch.zeros(100).share_memory_() for _ in range(10)])
+        assert len(payload.fds) == 10
+        assert not payload.blocks
+        del kept
+    finally:
+        leases.table().collect()
+        leases.table().remove(arena)
+        ledger.close()

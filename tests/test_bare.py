@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from codec_peer import Peering, codec_for
+from codec_peer import Peering, codec_for, new_arena
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -150,20 +150,27 @@ def test_in_mode_copy_the_tensor_stays_where_it_is(peering: Peering) -> None:
     assert bool(tensor.eq(0).all())
 
 
-def test_without_memory_it_raises_once_and_keeps_nothing(peering: Peering) -> None:
+def test_without_memory_it_raises_once_and_keeps_nothing() -> None:
+    arena, ledger = new_arena(budget=1 << 20)
     waits: list[float] = []
 
     def wait(seconds: float) -> bool:
         waits.append(seconds)
         return False
 
-    codec = Codec(leases.Memory(peering.arena, wait))
-    tensor = torch.empty(peering.arena.nbytes * 2, dtype=torch.uint8)  # its pages are never touched
-    with pytest.raises(SharedMemoryExhausted) as caught:
-        codec.dumps(tensor)
-    assert len(waits) <= 1
-    assert tensor.numel() == peering.arena.nbytes * 2
-    assert "drop tensors" in str(caught.value)
+    codec = Codec(leases.Memory(arena, wait))
+    try:
+        kept = codec.dumps(torch.zeros(600_000, dtype=torch.uint8))
+        with pytest.raises(SharedMemoryExhausted, match="drop tensors"):
+            codec.dumps(torch.zeros(600_000, dtype=torch.uint8))
+        assert len(waits) == 1
+        del kept
+        leases.table().collect()
+        assert codec.dumps(torch.zeros(900_000, dtype=torch.uint8)).blocks
+    finally:
+        leases.table().collect()
+        leases.table().remove(arena)
+        ledger.close()
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x01", b"\x09\x01", b"\x02\x01", b"\x00\x01"])

@@ -74,14 +74,13 @@ class Codec:
     sharing = "share"
     can_swap = True
 
+    memory = None
+
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
 
     def loads(self, received: Any) -> Any:
         return received
-
-    def new_outgoing(self, sharing: str) -> Any:
-        return self
 
     def place(self, storage: Any, tensor: Any) -> None:
         self._clock.now += 1
@@ -106,6 +105,7 @@ def test_the_time_it_takes_is_transfer_and_none_of_the_functions(monkeypatch: py
     calls = JobCalls(Mode.MAP, Received(dumps_plain(None) or b""))
     calls._payload, calls._function = None, function
     codec: Any = Codec(clock)
+    monkeypatch.setattr("tpool.local.calls.Outgoing", lambda memory: codec)
     marks = Marks()
     chunk: Any = [LARGE, 3, LARGE, LARGE]
     calls.call(codec, chunk, marks)

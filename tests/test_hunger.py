@@ -132,6 +132,16 @@ def test_a_task_that_runs_is_hope_and_all_are_asked_anew_after_it(pool):
     assert worker.told == ["trim", "trim"]
 
 
+def test_one_that_has_not_answered_is_not_asked_twice(pool):
+    worker = pool.add()
+    assert not pool.verdict()
+    worker.may_finish = True
+    assert not pool.verdict()
+    worker.may_finish = False
+    assert not pool.verdict()
+    assert worker.told == ["trim"]
+
+
 def test_beyond_the_budget_for_an_earlier_result(pool):
     worker = pool.add(starving=True)
     pool.awaited = True

@@ -14,7 +14,7 @@ from support import wait_until
 
 from tpool.errors import PoolEndedError, ProtocolError, SharedMemoryExhausted
 from tpool.tensors.arena import Allocator, Arena, Ledger
-from tpool.tensors.lease_table import MANY_BLOCKS, MUCH_NBYTES
+from tpool.tensors.lease_table import MANY_BLOCKS
 from tpool.tensors.leases import Block, LeaseTable, Memory, Peer, table
 from tpool.tensors.memfd import PAGE_NBYTES
 
@@ -321,17 +321,24 @@ def test_blocks_of_ours_must_be_lent(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "waits"),
-    [([64] * (MANY_BLOCKS - 1), True), ([64] * MANY_BLOCKS, False), ([MUCH_NBYTES], False), ([4096] * 20, True)],
+    ("sizes", "most", "waits"),
+    [
+        ([64] * (MANY_BLOCKS - 1), 1 << 20, True),
+        ([64] * MANY_BLOCKS, 1 << 20, False),
+        ([1 << 20], 1 << 20, False),
+        ([4096] * 20, 1 << 20, True),
+        ([4096] * 20, 1 << 16, False),
+        ([64], 0, False),
+    ],
 )
-def test_little_may_wait_to_be_given_back(pair: Pair, sizes: list[int], waits: bool) -> None:
+def test_little_may_wait_to_be_given_back(pair: Pair, sizes: list[int], most: int, waits: bool) -> None:
     sent = [pair.a.allocate(nbytes) for nbytes in sizes]
     received = [pair.send(block, pair.a, pair.b) for block in sent]
-    assert not pair.b.table.owes_much(pair.b.other)
+    assert not pair.b.table.owes_much(pair.b.other, most)
     del received
-    assert pair.b.table.owes_much(pair.b.other) is not waits
+    assert pair.b.table.owes_much(pair.b.other, most) is not waits
     assert len(pair.give_backs(pair.b, pair.a)) == len(sizes)
-    assert not pair.b.table.owes_much(pair.b.other)
+    assert not pair.b.table.owes_much(pair.b.other, most)
 
 
 def test_more_than_was_lent_cannot_be_given_back(pair: Pair) -> None:

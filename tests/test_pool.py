@@ -20,6 +20,7 @@ from methods import METHODS, seldom_spawned
 from support import wait_until
 
 import tpool
+from tpool.local import hunger
 
 DEADLINE = 30
 
@@ -622,6 +623,24 @@ def test_memory_in_the_garbage_of_workers_is_found_when_it_is_short():
         for _ in range(6):  # 20 MB each
             assert len(pool.apply(tasks.leave_in_cycle, (5_000_000,))) == 5_000_000
         assert pool.apply(len, (torch.ones(14_000_000),)) == 14_000_000
+
+
+def test_who_found_memory_in_its_own_garbage_waits_no_longer(monkeypatch):
+    """Or it is told, in the task after next, that there is no hope; though the caller was about to drop a result."""
+    monkeypatch.setattr(hunger, "TRIM_SECONDS", 0.1)
+    with tpool.Pool(1, memory="64MB") as pool:
+        told = [*["nothing"] * 4000, "garbage", "tensor", *["nothing"] * 3, "nap", "tensor", *["nothing"] * 10]
+        results = pool.imap(tasks.do_what_it_says, told)
+        kept = []
+        for what in told:
+            result = next(results)  # enumerate() would hold the one before
+            if what == "tensor" and not kept:
+                kept.append(result)
+            elif what == "nap":
+                timer = threading.Timer(0.2, kept.clear)
+                timer.start()
+            del result
+        timer.join()
 
 
 def test_a_stream_whose_results_are_all_kept_says_that_memory_is_short():

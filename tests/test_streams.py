@@ -226,26 +226,51 @@ def test_a_slow_consumer_of_large_results_of_short_tasks_holds_few_of_them(pool)
 
 
 @pytest.mark.parametrize(
-    ("nbytes", "most"), [(4_000, 2 * MAX_TASKS_PER_WORKER), (400_000, WIDE_NBYTES // 400_000), (20_000_000, 8)]
+    ("nbytes", "most"),
+    [(4_000, 2 * MAX_TASKS_PER_WORKER + LOOK_AGAIN_WIDE), (400_000, WIDE_NBYTES // 400_000 + 1), (20_000_000, 8 + 1)],
 )
 def test_tensors_for_short_tasks_are_drawn_ahead_as_far_as_they_take_little(pool, nbytes, most):
-    drawn = 0
+    drawn = taken = furthest = 0
 
     def tensors():
-        nonlocal drawn
+        nonlocal drawn, furthest
         while True:
             drawn += 1
+            furthest = max(furthest, drawn - taken)
             yield torch.empty(nbytes // 4)
 
     results = pool.imap_unordered(tasks.discard, tensors())
-    for _ in range(400 if nbytes < 1 << 20 else 40):
+    deadline = time.monotonic() + DEADLINE
+    while taken < 40 or (most > 10 and furthest < most // 4):
         next(results)
-    taken = 400 if nbytes < 1 << 20 else 40
-    if most > 8:
-        wait_until(lambda: drawn - taken > most // 4, DEADLINE)
+        taken += 1
+        if taken % 50 == 0:
+            let_it_draw()
+        assert time.monotonic() < deadline
     let_it_draw()
-    assert drawn - taken <= most + LOOK_AGAIN_WIDE
+    assert furthest <= most + 1  # it is counted as drawn before it is counted as taken
     del results
+
+
+@pytest.mark.parametrize("chunksize", [20, 100])
+def test_chunks_of_tensors_after_many_of_numbers_keep_to_the_budget_but_for_one(pool, chunksize):
+    drawn = 0
+
+    def items():
+        nonlocal drawn
+        for drawn in range(1, 20_001):
+            yield drawn
+        while True:
+            drawn += 1
+            yield torch.zeros(15_000)
+
+    iterator = pool.imap(tasks.discard, items(), chunksize, buffersize=2_000, buffer_nbytes="2MB")
+    for _ in range(19_500):
+        next(iterator)
+    wait_until(lambda: drawn > 20_000, DEADLINE)
+    let_it_draw()
+    assert drawn - 20_000 <= 2_000_000 // 60_000 + 2 * chunksize
+    del iterator
 
 
 def test_a_budget_below_one_item_still_goes_on(pool):

@@ -35,7 +35,7 @@ WIDE_TASK_SECONDS = 200e-6
 # But no more than whose items and results hold so many bytes. Streams of 4 KB and 150 KB tensors to no-ops take half
 # the time that they take with a few tasks per worker.
 WIDE_NBYTES = 32 << 20
-# After so many items, or one of so many bytes, the limit is looked at again.
+# After so many chunks, or one of so many bytes, the limit is looked at again.
 LOOK_AGAIN = 16
 LOOK_AGAIN_WIDE = 64
 LOOK_NBYTES = 64 << 10
@@ -135,8 +135,9 @@ class Feeder:
                 chunk.reverse()
                 while chunk:  # each item is held by nobody but its payload once it was sent
                     self._send(chunk.pop())
-                self._latest_nbytes = (self._outstanding.nbytes - before) // count
-                if self._latest_nbytes > LOOK_NBYTES:
+                added = self._outstanding.nbytes - before
+                self._latest_nbytes = added // count
+                if added > LOOK_NBYTES:
                     break
             self._heavy = False
 

@@ -10,8 +10,10 @@ import torch
 
 from tpool.local.wire import Mode
 from tpool.tensors import reducers
+from tpool.tensors.leases import Block, Memory
 from tpool.tensors.payload import Received
 from tpool.tensors.pickler import Codec
+from tpool.tensors.storages import Outgoing
 
 EARLY_NBYTES = 64 << 10
 """A tensor of so many bytes that a call of a chunk returned moves into shared memory before the next call is made.
@@ -142,7 +144,8 @@ class _EarlyMoves:
     """
 
     def __init__(self, codec: Codec, marks: Marks) -> None:
-        self._outgoing = codec.new_outgoing(codec.sharing) if codec.sharing == "share" and codec.can_swap else None
+        moves = codec.sharing == "share" and codec.can_swap
+        self._outgoing = Outgoing(_AtOnce(codec.memory)) if moves else None  # type: ignore[arg-type]
         self._marks = marks
 
     def move(self, tensor: torch.Tensor) -> None:
@@ -151,8 +154,19 @@ class _EarlyMoves:
         if outgoing is None or not reducers.is_plain(tensor) or tensor.nbytes < EARLY_NBYTES:
             return
         began = monotonic()
-        self._outgoing = None  # whatever is wrong now is met again, and told, when the chunk is sent
+        self._outgoing = None  # whatever is wrong now is met again, waited for or told, when the chunk is sent
         with contextlib.suppress(Exception):
             outgoing.place(tensor.untyped_storage(), tensor)
             self._outgoing = outgoing
         self._marks.early += monotonic() - began
+
+
+class _AtOnce:
+    """A memory that nobody waits for: while a function runs, its pool must not believe that it waits."""
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+
+    def allocate(self, nbytes: int) -> Block:
+        """As of ``Memory``, but for the waiting."""
+        return self._memory.allocate(nbytes, at_once=True)

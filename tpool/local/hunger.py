@@ -124,8 +124,9 @@ class Hunger:
             if not any(member.lent for member in members):
                 self._asked_at = monotonic()
                 for member in members:
-                    member.put_trim()
-                    flush(member)
+                    if not member.trimming:
+                        member.put_trim()
+                        flush(member)
         elif self._hopeless_since is None:
             answered = not any(member.trimming and not member.ended for member in members)
             if answered or monotonic() > self._asked_at + TRIM_SECONDS:

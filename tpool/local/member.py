@@ -225,7 +225,7 @@ class Member(Orders):
             logger.info("%s is ready, pid %s", self, self.pid)
             events.append(WorkerBecameReady(self.id))
         elif kind == Kind.STARVING:
-            self.starving = True
+            self.starving, self.wait = True, wire.unpack_count(frame.body)
             self._crew.starving[self] = None
         elif kind == Kind.TRIMMED:
             self.trimming = False

@@ -33,6 +33,7 @@ class Orders:
         held: how many tasks were sent and neither answered nor taken back.
         sent: how many tasks were sent that are the scheduler's.
         starving: it waits for memory.
+        wait: names the latest time that it waited for memory.
         trimming: it was asked for the memory that it can spare, and has not answered.
     """
 
@@ -41,6 +42,7 @@ class Orders:
         self.claims_fd = claims_fd
         self.held = self.sent = 0
         self.starving = self.trimming = False
+        self.wait = 0
         self._memory = memory
         self._peer = memory.peers[slot]
         self._crew = crew
@@ -201,12 +203,12 @@ class Orders:
     def put_hopeless(self) -> None:
         """Tell it that the memory it waits for will not come."""
         self._stop_starving()
-        self.channel.put(Kind.HOPELESS, b"")
+        self.channel.put(Kind.HOPELESS, wire.pack_count(self.wait))
 
     def put_grant(self) -> None:
         """Let it have the memory that it waits for, though the budget is spent."""
         self._stop_starving()
-        self.channel.put(Kind.GRANT, b"")
+        self.channel.put(Kind.GRANT, wire.pack_count(self.wait))
 
     def put_trim(self) -> None:
         """Ask it for the memory that it can spare: kept warm, or in its garbage."""

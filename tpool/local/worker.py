@@ -125,6 +125,7 @@ class Worker:
         self._excess = weigh(hello.seat.max_memory_nbytes, hello.seat.max_cuda_nbytes)
         arena = self._attach(hello.slot_arena, slot_fd)
         allocator = Allocator(arena, Ledger.attach(ledger_fd), hello.ledger_index)
+        self._replies.limit(allocator.ledger)
         self._table.add(arena, allocator)
         self._table.reinstate(arena, hello.live_blocks, self._parent)
         self._table.add(self._attach(hello.caller_arena, caller_fd))
@@ -254,10 +255,10 @@ class Worker:
             self._table.collect_garbage()  # which gives idle memory back where somebody waits for it
             self._replies.send(Kind.TRIMMED)
         elif kind == Kind.GRANT:
-            self._memory.grant()
-            self._replies.starving = False  # if it does not help, the parent is to hear of it again
+            if self._replies.end_wait(frame.body):
+                self._memory.grant()
         elif kind == Kind.HOPELESS:
-            self._hopeless = True
+            self._hopeless = self._hopeless or self._replies.concerns(frame.body)
         elif kind == Kind.RETIRE:
             self._retiring = True
         else:
@@ -390,8 +391,7 @@ class Worker:
             return False  # only the thread that reads the channel can wait for what comes through it
         if not self._replies.starving:
             self._hopeless = False
-            self._replies.send(Kind.STARVING)
-            self._replies.starving = True
+            self._replies.starve()
         else:
             self._replies.flush_give_backs()
         if self._patience.wait_for(seconds):

@@ -72,9 +72,11 @@ class BlockTable:
             self._measure()
 
     def _measure(self) -> None:
-        arenas = [mapped.arena for mapped in list(self._mapped.values())]
-        addresses = [arena.address for arena in arenas] + [arena.address + arena.nbytes for arena in arenas]
-        self.span = (min(addresses), max(addresses)) if addresses else (0, 0)
+        arenas: list[Arena] | None = None
+        # Again, if user code was called in between, by a signal or a collection, and made a pool or ended one.
+        while arenas != (arenas := [mapped.arena for mapped in list(self._mapped.values())]):
+            addresses = [arena.address for arena in arenas] + [arena.address + arena.nbytes for arena in arenas]
+            self.span = (min(addresses), max(addresses)) if addresses else (0, 0)
 
     def remove(self, arena: Arena) -> None:
         """The arena's pool has ended: it is closed once no block of it lives here, and nobody is told any more."""

@@ -12,13 +12,16 @@ from tpool.tensors.entries import Block, Entry, Peer, check_entries
 from tpool.tensors.extents import ALIGNMENT
 from tpool.tensors.memfd import Guard, view_of
 
-__all__ = ["MANY_BLOCKS", "MUCH_NBYTES", "LeaseTable"]
+__all__ = ["MANY_BLOCKS", "MUCH_NBYTES", "SMALL_PART", "LeaseTable"]
 
 # What a worker may keep from being given back while it has tasks: so much costs next to nothing to have idle, and each
 # message less spares both sides a system call. A stream of 4 KB and 150 KB arguments to no-ops took 0.85 and 0.89 of
-# the time, and the caller 0.75 and 0.86 of the processor time, that it took with each lease given back at once.
+# the time, and the caller 0.75 and 0.86 of the processor time, that it took with each lease given back at once. But if
+# a long task comes next, somebody may wait for just this memory until that ends: so all workers together keep no more
+# than a small part of the pool's.
 MANY_BLOCKS = 32
 MUCH_NBYTES = 1 << 20
+SMALL_PART = 64
 
 
 class LeaseTable(BlockTable):
@@ -113,13 +116,18 @@ class LeaseTable(BlockTable):
             known.watch = entry.watch
         return living
 
-    def owes_much(self, peer: Peer) -> bool:
-        """Whether there is so much to tell this peer that it cannot wait until this process is about to block."""
+    def owes_much(self, peer: Peer, most_nbytes: int) -> bool:
+        """Whether there is so much to tell this peer that it cannot wait until this process is about to block.
+
+        Args:
+            peer: whom.
+            most_nbytes: less memory may wait to be given back.
+        """
         if not self._dead and not peer.pending:
             return False
         with self._lock:
             self._drain()
-        return len(peer.pending) >= MANY_BLOCKS or peer.pending_nbytes >= MUCH_NBYTES
+        return len(peer.pending) >= MANY_BLOCKS or peer.pending_nbytes >= most_nbytes
 
     def take_give_backs(self, peer: Peer) -> list[tuple[int, int, int]]:
         """What this peer is to be told now: (arena id, offset, count) for leases that ended. Cleared here."""

@@ -67,22 +67,23 @@ class Memory:
         self._granted = False
         self._ageing = Ageing(self._table, arena)
 
-    def allocate(self, nbytes: int, *, lazily: bool = False) -> Block:
+    def allocate(self, nbytes: int, *, lazily: bool = False, at_once: bool = False) -> Block:
         """A block of ``nbytes`` (at least 1), waiting for memory if need be.
 
         Args:
             nbytes: how much.
             lazily: whether new pages are to come as they are touched; else those of a large block are asked for now,
                 as all of it is about to be written.
+            at_once: whether not to wait.
 
         Raises:
-            SharedMemoryExhausted: none can come back, or the whole budget is not enough.
+            SharedMemoryExhausted: none can come back, or the whole budget is not enough; or there is none now.
             PoolEndedError: the pool was closed, or belongs to the process that forked us.
         """
         if lazily or nbytes < PREFAULT_NBYTES:
-            return self._allocate(nbytes)
+            return self._allocate(nbytes, at_once)
         before = self._committed_nbytes()
-        block = self._allocate(nbytes)
+        block = self._allocate(nbytes, at_once)
         if self._committed_nbytes() > before:  # by another thread, perhaps: then this does nothing
             prefault(self.arena.address + block.offset, nbytes, self._threads())
         return block
@@ -95,10 +96,12 @@ class Memory:
         allocator = self._table.allocator(self.arena)
         return 0 if allocator is None else allocator.committed_nbytes
 
-    def _allocate(self, nbytes: int) -> Block:
+    def _allocate(self, nbytes: int, at_once: bool = False) -> Block:
         block = self._table.allocate(self.arena, nbytes)
         if block is not None:
             return block
+        if at_once:
+            raise SharedMemoryExhausted(f"there are no {nbytes} bytes of shared memory now")
         allocator = self._table.allocator(self.arena)
         assert allocator is not None, "it did not raise PoolEndedError"
         self._waiters.append(nbytes)

@@ -110,7 +110,8 @@ def move_small(
         for storage, tensor in zip(storages, tensors, strict=True):
             address = storage.data_ptr()
             low, high = table.span  # now: user code may have made a pool meanwhile, in a signal handler
-            if low <= address < high or storage.is_shared():
+            # User code may also have changed its size since it was looked at, as it waited for memory perhaps.
+            if low <= address < high or storage.is_shared() or storage.nbytes() != nbytes:
                 break
             target = memory[start : start + nbytes]
             _memmove(base + start, address, nbytes)

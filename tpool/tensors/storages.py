@@ -162,7 +162,7 @@ class Outgoing:
 
         Returns:
             The indices of their blocks, and their first bytes there, -1 where a storage is all of the block; None if
-            one goes by torch's own handle.
+            one goes by torch's own handle, or has another size by now.
         """
         indices: list[int] = []
         starts: list[int] = []
@@ -170,7 +170,7 @@ class Outgoing:
             self._move_alike(storages, tensors, nbytes, indices, starts)
         moved = len(indices)
         for storage, tensor in zip(storages[moved:], tensors[moved:], strict=True):
-            place = self.place(storage, tensor)
+            place = self.place(storage, tensor) if storage.nbytes() == nbytes else None
             if place is None:
                 return None
             if type(place) is int:
@@ -191,8 +191,8 @@ class Outgoing:
     ) -> None:
         """Move small storages into slabs, up to the first that must be looked at more closely."""
         low, high = leases.table().span
-        if low <= storages[0].data_ptr() < high:
-            return
+        if low <= storages[0].data_ptr() < high or storages[0].is_shared():
+            return  # before a slab is asked for
         first, count = 0, len(storages)
         while first < count:
             room = self._slabs.room(nbytes, count - first)
