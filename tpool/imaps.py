@@ -72,7 +72,8 @@ class StreamCalls(Calls):
             func: what to call.
             iterable: the input; drawn and pickled in a thread of its own.
             chunksize: how many items may travel together before it is known how long a task runs.
-            buffersize: the most items drawn and not consumed; None for a few per worker.
+            buffersize: the most items drawn and not consumed; None for a few per worker, or where tasks take
+                microseconds for as many as hold 32 MB with their results, 1,000 per worker at most.
             buffer_nbytes: about the most bytes of items and results drawn and not consumed, as a number or as text
                 such as ``"2GB"``, but one item per worker at least; None for a quarter of the pool's ``memory``, in
                 which only items count. Shared memory that several items refer to counts once.
