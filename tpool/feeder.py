@@ -4,8 +4,8 @@ A slow, blocked or raising iterable, and slow user reducers, are this thread's a
 
 Back-pressure: at most ``window`` items are drawn and not yet consumed, and beyond a handful no more than
 ``max_nbytes``; shared memory that several items refer to counts once. The default window is a few tasks per worker;
-only tasks that run for microseconds get a wider one, since they travel many to a message, and no more of them than
-that their items and results take a few megabytes.
+only tasks that run for microseconds get a wider one, since they travel many to a message, as far as their items and
+results take no more than 32 MB.
 """
 
 from __future__ import annotations

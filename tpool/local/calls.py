@@ -120,6 +120,7 @@ class JobCalls:
         values: list[Any] = []
         first_error: BaseException | None = None
         early = _EarlyMoves(codec, marks)
+        moves = True  # to look at each result costs a third of a no-op: only until the first that does not move
         chunk.reverse()
         while chunk:
             item = chunk.pop()  # each item's memory is free as soon as it was used
@@ -128,8 +129,8 @@ class JobCalls:
             except BaseException as error:
                 first_error = first_error or error
             else:
-                if chunk and type(values[-1]) is torch.Tensor:
-                    early.move(values[-1])
+                if moves:
+                    moves = bool(chunk) and early.move(values[-1])
         if first_error is not None:
             raise first_error
         return values
@@ -148,17 +149,18 @@ class _EarlyMoves:
         self._outgoing = Outgoing(_AtOnce(codec.memory)) if moves else None  # type: ignore[arg-type]
         self._marks = marks
 
-    def move(self, tensor: torch.Tensor) -> None:
-        """Move a tensor, if it is a large one and has a memory of its own."""
-        outgoing = self._outgoing
-        if outgoing is None or not reducers.is_plain(tensor) or tensor.nbytes < EARLY_NBYTES:
-            return
+    def move(self, value: object) -> bool:
+        """Move a value, if it is a large tensor; returns whether it lies in shared memory now."""
+        if type(value) is not torch.Tensor or self._outgoing is None:
+            return False
+        if not reducers.is_plain(value) or value.nbytes < EARLY_NBYTES:
+            return False
         began = monotonic()
-        self._outgoing = None  # whatever is wrong now is met again, waited for or told, when the chunk is sent
-        with contextlib.suppress(Exception):
-            outgoing.place(tensor.untyped_storage(), tensor)
-            self._outgoing = outgoing
+        moved = False
+        with contextlib.suppress(Exception):  # it is met again, waited for or told, when the chunk is sent
+            moved = self._outgoing.place(value.untyped_storage(), value) is not None
         self._marks.early += monotonic() - began
+        return moved
 
 
 class _AtOnce:
