@@ -25,8 +25,8 @@ RECENT_SECONDS = 0.05
 # How long there must be no hope until one of those who wait is told. Give-backs that are on their way take
 # milliseconds; a caller that is about to drop a result should be given a moment.
 HOPELESS_SECONDS = 0.5
-# How long workers may take to look through their garbage, which is in the way of no task: 0.01 s where it is little,
-# seconds with ten million objects. One that takes longer is stopped, or hangs in a thread that a task left.
+# How long workers may take to look through their garbage: it grows with their objects, and no task waits for it. One
+# that takes longer is stopped, or hangs in a thread that a task left.
 TRIM_SECONDS = 20
 # The same where the hope is only in going beyond the budget: nobody's result is lost by that, so it may come soon.
 GRANT_SECONDS = 0.02
