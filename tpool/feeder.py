@@ -192,7 +192,7 @@ class Feeder:
         self._outstanding.keep(outstanding)
         result_nbytes = self._stream.result_nbytes
         each = int(result_nbytes or 0)
-        item_nbytes = int(self._outstanding.mean_nbytes)
+        item_nbytes = self._outstanding.mean_nbytes
         fits = (item_nbytes + each) * TASKS_PER_WORKER * processes <= WIDE_NBYTES
         self._wide = fits and 0 < self._stream.seconds < WIDE_TASK_SECONDS
         if self._window is not None:

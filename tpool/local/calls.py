@@ -119,8 +119,9 @@ class JobCalls:
         """Every item runs, whatever the others do; the first error speaks for the chunk."""
         values: list[Any] = []
         first_error: BaseException | None = None
-        early = _EarlyMoves(codec, marks)
-        moves = True  # to look at each result costs a third of a no-op: only until the first that does not move
+        early: _EarlyMoves | None = None
+        if len(chunk) > 1 and codec.sharing == "share" and codec.can_swap:
+            early = _EarlyMoves(codec, marks)
         chunk.reverse()
         while chunk:
             item = chunk.pop()  # each item's memory is free as soon as it was used
@@ -129,31 +130,29 @@ class JobCalls:
             except BaseException as error:
                 first_error = first_error or error
             else:
-                if moves:
-                    moves = bool(chunk) and early.move(values[-1])
+                # Until the first that does not move: to look at each result costs a third of a no-op.
+                if early is not None and not (chunk and early.move(values[-1])):
+                    early = None
         if first_error is not None:
             raise first_error
         return values
 
 
 class _EarlyMoves:
-    """Moves results of one chunk into shared memory, where that is what sending them will mean.
+    """Moves results of one chunk into shared memory.
 
     Args:
-        codec: which will send them.
+        codec: which will send them, and will move them if nobody has.
         marks: is told how long it took.
     """
 
     def __init__(self, codec: Codec, marks: Marks) -> None:
-        moves = codec.sharing == "share" and codec.can_swap
-        self._outgoing = Outgoing(_AtOnce(codec.memory)) if moves else None  # type: ignore[arg-type]
+        self._outgoing = Outgoing(_AtOnce(codec.memory))  # type: ignore[arg-type]
         self._marks = marks
 
     def move(self, value: object) -> bool:
         """Move a value, if it is a large tensor; returns whether it lies in shared memory now."""
-        if type(value) is not torch.Tensor or self._outgoing is None:
-            return False
-        if not reducers.is_plain(value) or value.nbytes < EARLY_NBYTES:
+        if type(value) is not torch.Tensor or not reducers.is_plain(value) or value.nbytes < EARLY_NBYTES:
             return False
         began = monotonic()
         moved = False
