@@ -11,6 +11,7 @@ import heapq
 from time import perf_counter
 
 from tpool.messages import (
+    Event,
     JobOpened,
     JobSealed,
     ResolveTasks,
@@ -30,14 +31,14 @@ class Simulation:
         self.task_seconds = task_seconds
         self.now = self.spent = 0.0
         self.events = self.resolved = self.messages = 0
-        self.agenda: list[tuple[float, int, object]] = []  # (when, tie-breaker, what happens then)
+        self.agenda: list[tuple[float, int, Event]] = []  # (when, tie-breaker, what happens then)
         self.free_at: dict[int, float] = {}
         for action in self.scheduler.begin():
             if isinstance(action, StartWorker):
                 self.free_at[action.worker] = 0.0
                 self.say(WorkerBecameReady(action.worker))
 
-    def say(self, event: object) -> None:
+    def say(self, event: Event) -> None:
         self.events += 1
         before = perf_counter()
         actions = self.scheduler.handle(event, self.now)

@@ -55,7 +55,7 @@ def comparison(runs: Sequence[Results]) -> str:
         if not found:
             continue
         outcomes = {verdict.met for verdict in found}
-        met = {(True,): "met", (False,): "**missed**"}.get(tuple(outcomes), "to either side")
+        met = "to either side" if len(outcomes) > 1 else "met" if True in outcomes else "**missed**"
         spreads = [verdict.spread for verdict in found if verdict.spread is not None]
         meet = not spreads or max(low for low, _ in spreads) <= min(high for _, high in spreads)
         cells = [" ".join(_measured(each[target])).strip() if target in each else "" for each in judged]

@@ -78,6 +78,7 @@ TARGETS: tuple[Target, ...] = (
     Target("numpy", "bandwidth", 0.5, against="warm_copy"),
     *(Target(f"uneven-{position}", "value", 1.10, metric="over_best") for position in (0, 20, 63)),
     Target("startup-second", "time_ratio", 1),
+    Target("startup-second-1GB", "time_ratio", 1),
     # One import of torch, which overlaps with the caller; the rest is starting an interpreter and forking.
     Target("startup-first", "limit_time", 1.2, against="import_torch"),
     Target("respawn", "time_ratio", 1),

@@ -6,6 +6,8 @@ import os
 import time
 from collections.abc import Iterator
 
+import torch
+
 from benchmarks import proc, tasks
 from benchmarks.case import WORKERS, Bench, Case
 from benchmarks.peers.base import APPLY, ARGUMENTS, RECYCLE, TERMINATE
@@ -17,6 +19,13 @@ def run_startup(bench: Bench) -> None:
         pool = bench.peer.open(WORKERS)
         pool.apply(tasks.noop, None)
     pool.close()
+
+
+def run_startup_beside_memory(bench: Bench) -> None:
+    """Likewise, by a caller that holds tensors."""
+    held = [torch.ones(1 << 18) for _ in range(bench.integer("held"))]
+    run_startup(bench)
+    held.clear()
 
 
 def run_respawn(bench: Bench) -> None:
@@ -83,6 +92,15 @@ def cases() -> Iterator[Case]:
         description="first result of a second pool of a process",
         run=run_startup,
         quick={},
+        needs=apply,
+        pool="own",
+    )
+    yield Case(
+        name="startup-second-1GB",
+        description="first result of a second pool of a process that holds 1 GB of 1 MB tensors",
+        run=run_startup_beside_memory,
+        params={"held": 1000},
+        quick={"held": 10},
         needs=apply,
         pool="own",
     )
