@@ -13,7 +13,8 @@ from tpool.task import Task
 __all__ = ["Inbox", "Item"]
 
 # A feeder of microsecond tasks would wake the handler for each one, which costs more than the task; so it lets them
-# gather, this many, or for this long. Longer would be felt by a stream whose input is slower than its tasks.
+# gather, this many, or for this long. Longer would be felt by a stream whose input is slower than its tasks. (As the
+# time that ``epoll`` is to wait it becomes a whole millisecond.)
 NAP_TASKS = 64
 NAP_SECONDS = 0.0005
 
