@@ -138,7 +138,6 @@ def cases() -> Iterator[Case]:
         description="first result of a second pool of a process that holds 1 GB of 1 MB tensors",
         run=run_startup_beside_memory,
         params={"held": 1000},
-        quick={"held": 10},
         needs=apply,
         pool="own",
     )
