@@ -158,8 +158,7 @@ class Bench:
         self.table.lend(blocks, self.there)
         for block in blocks:
             self.far.receive(self.arena.id, block.offset, block.nbytes, self.here)
-        for give_back in self.far.take_give_backs(self.here):
-            self.table.given_back(self.there, *give_back)
+        self.table.given_back(self.there, self.far.take_give_backs(self.here))
 
     def frames(self, tasks: list[tuple[int, int, bytes]]) -> None:
         wire.unpack_plain_tasks(wire.pack_plain_tasks(tasks))

@@ -70,8 +70,7 @@ class Wire:
 
     def receive(self) -> tuple[Any, Received]:
         what, data, names, fds, gone = pickle.loads(self.connection.recv_bytes())
-        for name in gone:
-            table().given_back(self.peer, *name)
+        table().given_back(self.peer, gone)
         blocks = [table().receive(*name, self.peer) for name in names]
         came = [socket.recv_fds(self.fds, 1, 1)[1][0] for _ in range(fds)]
         return what, Received(blocks.pop() if data is None else data, blocks, came)

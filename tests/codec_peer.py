@@ -79,8 +79,7 @@ class Link:
         while (peeked := socket.recv_fds(self.end, 1, MAX_FDS))[1]:
             fds += peeked[1]
         more = pickle.loads(peeked[0] + self._exactly(nbytes - 1))
-        for arena_id, offset, count in more["backs"]:
-            self.table.given_back(self.peer, arena_id, offset, count)
+        self.table.given_back(self.peer, more["backs"])
         blocks = [self.table.receive(*named, self.peer) for named in more["blocks"]]
         data = more["data"] if more["data"] is not None else blocks.pop()
         assert len(fds) == more["fds"]

@@ -107,6 +107,16 @@ def shared_by_torch(tensors: list[torch.Tensor]) -> None:
     tensors[11].share_memory_()
 
 
+def large_and_one_shared_by_torch(tensors: list[torch.Tensor]) -> None:
+    tensors[:] = alike(20, 5000)
+    shared_by_torch(tensors)
+
+
+def large_and_one_with_part_of_a_storage(tensors: list[torch.Tensor]) -> None:
+    tensors[:] = alike(20, 5000)
+    tensors[11] = torch.arange(10_000.0)[:5000]
+
+
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize(
     "odd",
@@ -119,6 +129,8 @@ def shared_by_torch(tensors: list[torch.Tensor]) -> None:
         with_part_of_a_storage,
         negated,
         shared_by_torch,
+        large_and_one_shared_by_torch,
+        large_and_one_with_part_of_a_storage,
     ],
 )
 def test_one_that_is_not_alike_arrives_as_it_was(peering: Peering, as_one: list[bool], mode: Any, odd: Any) -> None:
@@ -169,10 +181,12 @@ def test_a_gradient_arrives(peering: Peering, mode: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
-def test_tensors_that_share_memory_do_so_where_they_arrive(peering: Peering, mode: Any) -> None:
-    base = torch.zeros(12)
-    sent = [*alike(10, 12), base, base[:], base.view(12)]
+@pytest.mark.parametrize("numel", [12, 5000])
+def test_tensors_that_share_memory_do_so_where_they_arrive(peering: Peering, mode: Any, numel: int) -> None:
+    base = torch.zeros(numel)
+    sent = [*alike(10, numel), base, base[:], base.view(numel)]
     back = travel(peering, mode, sent)
+    assert back[10].untyped_storage()._cdata == back[11].untyped_storage()._cdata == back[12].untyped_storage()._cdata
     back[10][3] = 9
     assert back[11][3] == back[12][3] == 9
     assert back[8][3] == 8  # and no others
@@ -185,8 +199,9 @@ def test_the_same_tensor_twice_is_one_where_it_arrives(peering: Peering, mode: A
     assert back[10] is back[4]
 
 
-def test_the_receivers_writes_are_seen_and_a_resend_moves_nothing(peering: Peering) -> None:
-    sent = alike(40, 12)
+@pytest.mark.parametrize("numel", [12, 5000])
+def test_the_receivers_writes_are_seen_and_a_resend_moves_nothing(peering: Peering, numel: int) -> None:
+    sent = alike(40, numel)
     travel(peering, ("share", True), sent, act="write")
     assert all(bool(tensor.eq(99).all()) for tensor in sent)
     addresses = [tensor.data_ptr() for tensor in sent]
@@ -194,11 +209,12 @@ def test_the_receivers_writes_are_seen_and_a_resend_moves_nothing(peering: Peeri
     assert [tensor.data_ptr() for tensor in sent] == addresses
 
 
-def test_what_was_received_is_sent_on_from_where_it_lies(peering: Peering, as_one: list[bool]) -> None:
+@pytest.mark.parametrize("numel", [12, 5000])
+def test_what_was_received_is_sent_on_from_where_it_lies(peering: Peering, as_one: list[bool], numel: int) -> None:
     mode = ("share", True)
-    there = travel(peering, mode, alike(40, 12))
+    there = travel(peering, mode, alike(40, numel))
     addresses = [tensor.data_ptr() for tensor in there]
-    check_arrived(alike(40, 12), travel(peering, mode, there))
+    check_arrived(alike(40, numel), travel(peering, mode, there))
     assert [tensor.data_ptr() for tensor in there] == addresses
     assert as_one == [True, True]
 
@@ -211,8 +227,9 @@ def test_a_subclass_or_a_parameter_among_them(peering: Peering) -> None:
 
 @pytest.mark.parametrize("numel", [100, 10_000])
 @pytest.mark.parametrize("becomes", [0, 1, 50_000])
+@pytest.mark.parametrize("which", [0, 11])
 def test_a_storage_that_changes_its_size_while_memory_is_waited_for(
-    peering: Peering, monkeypatch: pytest.MonkeyPatch, numel: int, becomes: int
+    peering: Peering, monkeypatch: pytest.MonkeyPatch, numel: int, becomes: int, which: int
 ) -> None:
     """As a signal handler, a finalizer or another thread may do: no memory is read or written that is not there."""
     codec = codec_for(peering.arena, "share")
@@ -222,7 +239,7 @@ def test_a_storage_that_changes_its_size_while_memory_is_waited_for(
 
     def allocate_after(memory: leases.Memory, nbytes: int, **options: Any) -> Any:
         if not done:
-            done.append(sent[11].untyped_storage().resize_(4 * becomes))
+            done.append(sent[which].untyped_storage().resize_(4 * becomes))
         return allocate(memory, nbytes, **options)
 
     monkeypatch.setattr(leases.Memory, "allocate", allocate_after)
@@ -231,9 +248,34 @@ def test_a_storage_that_changes_its_size_while_memory_is_waited_for(
         payload = codec.dumps(sent)
     assert done
     monkeypatch.undo()
-    check_arrived(alike(10, numel), sent[:10])
+    unchanged = [at for at in range(10) if at != which]
+    check_arrived([alike(10, numel)[at] for at in unchanged], [sent[at] for at in unchanged])
     if payload is not None:
         assert torch.equal(sent[12], torch.full((numel,), 12.0))
+
+
+@pytest.mark.parametrize("numel", [100, 10_000])
+@pytest.mark.parametrize("which", [0, 11])
+def test_a_storage_that_somebody_else_sends_while_memory_is_waited_for(
+    peering: Peering, monkeypatch: pytest.MonkeyPatch, numel: int, which: int
+) -> None:
+    codec = codec_for(peering.arena, "share")
+    sent = alike(20, numel)
+    allocate = leases.Memory.allocate
+    others: list[Any] = []
+
+    def allocate_after(memory: leases.Memory, nbytes: int, **options: Any) -> Any:
+        if not others:
+            others.append(None)
+            others[0] = codec.dumps(sent[which])
+        return allocate(memory, nbytes, **options)
+
+    monkeypatch.setattr(leases.Memory, "allocate", allocate_after)
+    payload = codec.dumps(sent)
+    monkeypatch.undo()
+    codec.loads(peering.ask("", payload, act="write"))
+    assert all(bool(tensor.eq(99).all()) for tensor in sent)
+    assert float(codec.loads(peering.ask("", others[0]))[0]) == 99
 
 
 def test_a_list_that_torch_shares_needs_no_memory_of_ours() -> None:

@@ -62,8 +62,7 @@ class Pair:
 
     def give_backs(self, sender: Process, receiver: Process) -> list[tuple[int, int, int]]:
         triples = sender.table.take_give_backs(sender.other)
-        for triple in triples:
-            receiver.table.given_back(receiver.other, *triple)
+        receiver.table.given_back(receiver.other, triples)
         return triples
 
     def check(self) -> None:
@@ -354,10 +353,13 @@ def test_more_than_was_lent_cannot_be_given_back(pair: Pair) -> None:
     ]
     for peer, arena_id, offset, count in wrong:
         with pytest.raises(ProtocolError):
-            pair.a.table.given_back(peer, arena_id, offset, count)
-    pair.a.table.given_back(pair.a.other, block.arena.id, block.offset, 2)
+            pair.a.table.given_back(peer, [(arena_id, offset, count)])
+    triple = (block.arena.id, block.offset, 1)
     with pytest.raises(ProtocolError):
-        pair.a.table.given_back(pair.a.other, block.arena.id, block.offset, 1)
+        pair.a.table.given_back(pair.a.other, [triple, (99, block.offset, 1)])  # of which the first counts
+    pair.a.table.given_back(pair.a.other, [triple])
+    with pytest.raises(ProtocolError):
+        pair.a.table.given_back(pair.a.other, [(block.arena.id, block.offset, 1)])
 
 
 # A slot's worker is replaced --------------------------------------------------------------------------------------
@@ -382,8 +384,7 @@ def test_the_next_worker_in_a_slot_keeps_what_lives(pair: Pair) -> None:
     successor.reinstate(arena, blocks, to_parent)
     successor.check()
     assert allocator.blocks_in_use == 2
-    for triple in parent.table.take_give_backs(parent.other):
-        successor.given_back(to_parent, *triple)
+    successor.given_back(to_parent, parent.table.take_give_backs(parent.other))
     assert allocator.blocks_in_use == 1
     new = [successor.allocate(arena, 5000) for _ in range(10)]
     for block in new:

@@ -206,8 +206,7 @@ class Pool(RuleBasedStateMachine):
             for handle, stamp in content:
                 process.kept.append((process.table.receive(*handle, peer), stamp))
         else:
-            for triple in content:
-                process.table.given_back(peer, *triple)
+            process.table.given_back(peer, content)
 
     # What else happens ---------------------------------------------------------------------------------------------
 

@@ -252,15 +252,18 @@ def test_reading_under_numpy_does_not_crash_the_interpreter() -> None:
 
 
 @needs_swap
-def test_many_bytes_with_several_tensors_are_looked_at_closely(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("more", [0, 10])  # so many travel as one object
+def test_many_bytes_with_several_tensors_are_looked_at_closely(
+    arena: Arena, monkeypatch: pytest.MonkeyPatch, more: int
+) -> None:
     monkeypatch.setattr(moving, "PARKED_LIMIT_NBYTES", 40_000)
-    rows = [torch.zeros(2, 2500) for _ in range(4)]
-    views = [row[1] for row in rows]
+    rows = [torch.zeros(2, 2500) for _ in range(4 + more)]
+    views = [row[1] for row in rows[:4]]
     exported = np.from_dlpack(views[1])
     hidden = np.from_dlpack(rows[2][1])  # of a tensor that only the export knows
     array = rows[3].numpy()
     codec_for(arena, "share").dumps(rows)
-    assert [parked(row) for row in rows] == [False, True, True, True]
+    assert [parked(row) for row in rows] == [False, True, True, True] + more * [False]
     del exported, hidden, array
 
 

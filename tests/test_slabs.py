@@ -256,23 +256,25 @@ def test_a_signal_handler_that_sends_what_is_being_sent(
         assert arrived[0 if len(arrived) == 1 else 5].data_ptr() == tensor.data_ptr()
 
 
-def test_of_a_list_only_what_others_know_stays_parked(peering: Peering) -> None:
-    tensors = numbered(40)
+@pytest.mark.parametrize(("numel", "blocks"), [(256, 1), (5000, 40)])
+def test_of_a_list_only_what_others_know_stays_parked(peering: Peering, numel: int, blocks: int) -> None:
+    tensors = numbered(40, numel)
     known = tensors[7].numpy()
     view = tensors[9][:5]
     payload = codec_for(peering.arena, "share").dumps(tensors)
     parked = [at for at, tensor in enumerate(tensors) if vars(tensor.untyped_storage())]
     assert parked == [7, 9]
-    assert known.tolist() == [7.0] * 256  # its memory is still there
+    assert known.tolist() == [7.0] * numel  # its memory is still there
     assert view.tolist() == [9.0] * 5
-    assert len(payload.blocks) == 1
+    assert len(payload.blocks) == blocks
 
 
-def test_a_list_of_which_some_lie_in_blocks_and_some_are_sent_twice(peering: Peering) -> None:
+@pytest.mark.parametrize("numel", [256, 5000])
+def test_a_list_of_which_some_lie_in_blocks_and_some_are_sent_twice(peering: Peering, numel: int) -> None:
     codec = codec_for(peering.arena, "share")
-    tensors = numbered(60)
+    tensors = numbered(60, numel)
     kept = [codec.dumps(tensors[at]) for at in (10, 11, 59)]
-    again = tensors[40].view(256)
+    again = tensors[40].view(numel)
     before = {at: tensors[at].data_ptr() for at in (10, 11, 59)}
     back = travel(peering, codec, [*tensors, again])
     assert [float(tensor[3]) for tensor in back] == [*map(float, range(60)), 40.0]

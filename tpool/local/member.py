@@ -211,8 +211,7 @@ class Member(Orders):
     def _understand_other(self, frame: Frame, events: list[Event]) -> None:
         kind = frame.kind
         if kind == Kind.GIVE_BACKS:
-            for arena_id, offset, count in wire.unpack_give_backs(frame.body):
-                self._memory.table.given_back(self._peer, arena_id, offset, count)
+            self._memory.table.given_back(self._peer, wire.unpack_give_backs(frame.body))
         elif kind == Kind.SETTLED:
             self._unsettled -= wire.unpack_count(frame.body)
             if self._unsettled < 0:

@@ -216,8 +216,7 @@ class Worker:
         elif kind == Kind.TASKS:
             self._take_tasks(frame)
         elif kind == Kind.GIVE_BACKS:
-            for arena_id, offset, count in wire.unpack_give_backs(frame.body):
-                self._table.given_back(self._parent, arena_id, offset, count)
+            self._table.given_back(self._parent, wire.unpack_give_backs(frame.body))
         elif kind == Kind.JOB:
             job, mode = wire.unpack_head(wire.JOB, frame.body)
             self._jobs[job] = JobCalls(Mode(mode), self._unpack(frame, wire.JOB.size))

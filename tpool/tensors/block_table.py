@@ -22,7 +22,7 @@ from tpool.tensors.entries import Block, Entry, Mapped, Peer, Watch, drop
 from tpool.tensors.forks import ForkPipes
 from tpool.tensors.memfd import Guard, view_of
 
-__all__ = ["BlockTable", "trim_if_needed"]
+__all__ = ["BlockTable"]
 
 
 class BlockTable:
@@ -253,9 +253,7 @@ class BlockTable:
         with self._lock:
             self._drain()
             self._end_holds()
-            for mapped in list(self._mapped.values()):
-                if mapped.allocator is not None:
-                    trim_if_needed(mapped.allocator)
+            self._trim_if_needed()
 
     def collect_garbage(self) -> None:
         """As ``collect``, after a collection of garbage: cycles may hold views.
@@ -275,6 +273,13 @@ class BlockTable:
     def has_blocks(self) -> bool:
         """Whether a block lives here, or did when somebody last looked. Takes no lock."""
         return bool(self._entries)
+
+    def _trim_if_needed(self) -> None:
+        """Give free memory back if another process of a pool waits for some."""
+        for mapped in list(self._mapped.values()):
+            allocator = mapped.allocator
+            if allocator is not None and allocator.ledger.anyone_waiting(besides=allocator.index):
+                allocator.trim()
 
     def trim(self, arena: Arena | None = None, *, aged_only: bool = False) -> int:
         """Give free memory back to the system and to the pool's budget.
@@ -345,9 +350,3 @@ def _block_of(entry: Entry) -> Block | None:
         return None
     nbytes = entry.nbytes
     return Block(entry.mapped.arena, entry.offset, nbytes, view_of(guard, nbytes))
-
-
-def trim_if_needed(allocator: Allocator) -> None:
-    """Give free memory back if another process of the pool waits for some."""
-    if allocator.ledger.anyone_waiting(besides=allocator.index):
-        allocator.trim()

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from tpool.errors import PoolEndedError, ProtocolError
 from tpool.tensors.arena import Arena
-from tpool.tensors.block_table import BlockTable, trim_if_needed
+from tpool.tensors.block_table import BlockTable
 from tpool.tensors.entries import Block, Entry, Peer, check_entries
 from tpool.tensors.extents import ALIGNMENT
 from tpool.tensors.memfd import Guard, view_of
@@ -144,29 +144,29 @@ class LeaseTable(BlockTable):
                 self._drain()
         return peer.pending_nbytes
 
-    def given_back(self, peer: Peer, arena_id: int, offset: int, count: int) -> None:
-        """The peer told us that ``count`` of its leases on a block have ended.
+    def given_back(self, peer: Peer, give_backs: Iterable[tuple[int, int, int]]) -> None:
+        """The peer told us of leases that have ended: (arena id, offset, count).
 
         Raises:
-            ProtocolError: it does not hold so many.
+            ProtocolError: it does not hold so many; what was told before that counts.
         """
         with self._lock:
             if self._dead:
                 self._drain()
-            mapped = self._mapped.get(arena_id)
-            entry = None if mapped is None else self._entries.get(mapped.arena.address + offset)
             held = peer.held
-            if mapped is None or entry is None or not 0 < count <= held.get(entry, 0):
-                raise ProtocolError(
-                    f"{peer.name} gave back {count} leases on {arena_id:016x}:{offset} it does not hold"
-                )
-            held[entry] -= count
-            if not held[entry]:
-                del held[entry]
-            entry.lent -= count
-            self._settle(entry)
-            if mapped.allocator is not None:
-                trim_if_needed(mapped.allocator)
+            for arena_id, offset, count in give_backs:
+                mapped = self._mapped.get(arena_id)
+                entry = None if mapped is None else self._entries.get(mapped.arena.address + offset)
+                if entry is None or not 0 < count <= held.get(entry, 0):
+                    raise ProtocolError(
+                        f"{peer.name} gave back {count} leases on {arena_id:016x}:{offset} it does not hold"
+                    )
+                held[entry] -= count
+                if not held[entry]:
+                    del held[entry]
+                entry.lent -= count
+                self._settle(entry)
+            self._trim_if_needed()
 
     # A slot's worker is replaced -----------------------------------------------------------------------------------
 
@@ -185,9 +185,7 @@ class LeaseTable(BlockTable):
                 self._settle(entry)
             peer.take_pending()
             self._peers.discard(peer)
-            for mapped in list(self._mapped.values()):
-                if mapped.allocator is not None:
-                    trim_if_needed(mapped.allocator)
+            self._trim_if_needed()
 
     def live_blocks(self, peer: Peer, arena: Arena) -> list[tuple[int, int]]:
         """(offset, nbytes) of what lives in a slot's arena, for the slot's next worker, which must not hand it out.

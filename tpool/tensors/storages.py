@@ -166,8 +166,12 @@ class Outgoing:
         """
         indices: list[int] = []
         starts: list[int] = []
-        if nbytes <= SMALL_NBYTES and self.sharing == "share" and self.can_swap:
-            self._move_alike(storages, tensors, nbytes, indices, starts)
+        if self.sharing == "share" and self.can_swap:
+            if nbytes <= SMALL_NBYTES:
+                self._move_small(storages, tensors, nbytes, indices, starts)
+            else:
+                self._move_large(storages, tensors, nbytes, indices)
+                starts += [-1] * len(indices)
         moved = len(indices)
         for storage, tensor in zip(storages[moved:], tensors[moved:], strict=True):
             place = self.place(storage, tensor) if storage.nbytes() == nbytes else None
@@ -181,7 +185,7 @@ class Outgoing:
                 starts.append(place[1])  # type: ignore[index]
         return indices, starts
 
-    def _move_alike(
+    def _move_small(
         self,
         storages: list[torch.UntypedStorage],
         tensors: list[torch.Tensor],
@@ -206,6 +210,31 @@ class Outgoing:
             first += moved
             if moved < room.places:
                 return
+
+    def _move_large(
+        self, storages: list[torch.UntypedStorage], tensors: list[torch.Tensor], nbytes: int, indices: list[int]
+    ) -> None:
+        """Move large storages into a block each, up to the first that must be looked at more closely.
+
+        As ``place`` does for each, but for what only other kinds need: 1.5 of 19 us for 20 KB, as much for 150 KB.
+        """
+        table, blocks, slabs = leases.table(), self.blocks, self._slabs
+        for storage, tensor in zip(storages, tensors, strict=True):
+            address = storage.data_ptr()
+            low, high = table.span  # now, as in move_small
+            if low <= address < high or storage.is_shared():
+                return
+            resizable, block = storage.resizable(), self.memory.allocate(nbytes)
+            if storage.nbytes() != nbytes:  # user code changed it while memory was waited for
+                return
+            if not move_storage(storage, address, nbytes, slabs.storage(block, 0, nbytes), tensor):
+                return
+            if resizable:
+                self._parking.note(storage, nbytes)
+            self._met.append(storage)
+            self._places[storage._cdata] = len(blocks)
+            indices.append(len(blocks))
+            blocks.append(block)
 
     def place_region(self, storage: torch.UntypedStorage, start: int, stop: int) -> tuple[Place, int] | None:
         """In mode ``"copy"``: send only the bytes from ``start`` to ``stop``.
