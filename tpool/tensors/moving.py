@@ -13,12 +13,11 @@ In doubt the old memory is *parked*: it hangs on the storage as an attribute and
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
 import threading
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -63,7 +62,7 @@ def move_storage(
     lock = _moving(storage, nbytes)
     # In a signal handler, or a finalizer, this may be the very storage that our thread is about to copy: it must not
     # lose its memory in between, and not be moved away again by who comes back.
-    nested = nbytes <= SMALL_NBYTES and lock._is_owned()  # type: ignore[attr-defined]
+    nested = lock._is_owned()
     with lock:
         if storage.data_ptr() != address:
             return False
@@ -75,7 +74,7 @@ def move_storage(
             return False
         if not unknown:
             setattr(storage, _PARKED, (target, getattr(storage, _PARKED, None)))
-        if nbytes > SMALL_NBYTES:
+        if nbytes > SMALL_NBYTES and not nested:
             # Whoever waits for this lock, or makes a new one, finds the storage moved. Kept, it would cost 300 bytes.
             vars(storage).pop(leases.table().lock_name, None)
         return True
@@ -144,18 +143,17 @@ _memmove.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 _memmove.restype = None
 
 
-def _moving(storage: torch.UntypedStorage, nbytes: int) -> contextlib.AbstractContextManager[object]:
+def _moving(storage: torch.UntypedStorage, nbytes: int) -> Any:
     """The lock under which the memory of this storage of so many bytes changes hands.
 
     That of a small one is the process's. That of a large one hangs on the storage, for all other senders would wait
     for its copy; and its name tells the process, for a forked child would inherit one that nobody there will release.
-    ``dict.setdefault`` is atomic.
+    ``dict.setdefault`` is atomic. Both are reentrant, as a signal handler or a finalizer may send the storage, too.
     """
     table = leases.table()
     if nbytes <= SMALL_NBYTES:
         return table.moving_small
-    attributes: dict[str, threading.Lock] = vars(storage)
-    return attributes.setdefault(table.lock_name, threading.Lock())
+    return vars(storage).setdefault(table.lock_name, threading.RLock())
 
 
 class ParkingLot:
