@@ -254,6 +254,23 @@ def test_a_storage_that_changes_its_size_while_memory_is_waited_for(
         assert torch.equal(sent[12], torch.full((numel,), 12.0))
 
 
+def test_a_lone_storage_that_changes_its_size_while_memory_is_waited_for(
+    peering: Peering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec = codec_for(peering.arena, "share")
+    sent = torch.zeros(10_000)
+    allocate = leases.Memory.allocate
+
+    def allocate_after(memory: leases.Memory, nbytes: int, **options: Any) -> Any:
+        sent.untyped_storage().resize_(50_000)
+        return allocate(memory, nbytes, **options)
+
+    monkeypatch.setattr(leases.Memory, "allocate", allocate_after)
+    with pytest.raises(TransportError, match="was resized while"):
+        codec.dumps(sent)
+    assert sent.eq(0).all()
+
+
 @pytest.mark.parametrize("numel", [100, 10_000])
 @pytest.mark.parametrize("which", [0, 11])
 def test_a_storage_that_somebody_else_sends_while_memory_is_waited_for(

@@ -5,6 +5,7 @@ import gc
 import os
 import random
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -14,6 +15,7 @@ from support import wait_until
 
 from tpool.errors import PoolEndedError, ProtocolError, SharedMemoryExhausted
 from tpool.tensors.arena import Allocator, Arena, Ledger
+from tpool.tensors.entries import Entry, Mapped, Watch
 from tpool.tensors.lease_table import MANY_BLOCKS
 from tpool.tensors.leases import Block, LeaseTable, Memory, Peer, table
 from tpool.tensors.memfd import PAGE_NBYTES
@@ -583,6 +585,48 @@ def test_tensors_die_inside_our_own_steps(pair: Pair) -> None:
     while pair.give_backs(pair.b, pair.a) or pair.give_backs(pair.a, pair.b):
         pass
     pair.a.table.collect()
+    assert pair.a.allocator.blocks_in_use == 0
+
+
+def test_what_is_owed_is_told_though_a_finalizer_asks_in_the_middle(pair: Pair) -> None:
+    peer = Peer("somebody")
+    entries = [Entry(Mapped(pair.a.arena, None), 64 * i, 64, None, peer) for i in range(200)]
+    told: list[int] = []
+
+    def ask(*_: object) -> None:
+        told.extend(peer.take_pending().values())
+
+    gc.callbacks.append(ask)
+    try:
+        for entry in entries:
+            gc.disable()
+            _due = [[] for _ in range(2000)]  # type: ignore[var-annotated]  # so a collection comes where one can
+            gc.enable()
+            peer.owe(entry)
+    finally:
+        gc.enable()
+        gc.callbacks.remove(ask)
+    ask()
+    assert sum(told) == len(entries)
+
+
+def test_a_signal_handler_that_notices_dead_views_in_the_middle_of_that(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handled: list[None] = []
+
+    class Interrupted(deque[Watch]):
+        def popleft(self) -> Watch:
+            if not handled:
+                handled.append(None)
+                pair.a.table.collect()
+            return super().popleft()
+
+    monkeypatch.setattr(pair.a.table, "_dead", Interrupted())
+    blocks = [pair.a.allocate(64) for _ in range(5)]
+    blocks.clear()
+    pair.a.table.collect()
+    assert handled
     assert pair.a.allocator.blocks_in_use == 0
 
 

@@ -154,6 +154,18 @@ def test_a_lone_tensor_is_the_only_owner_of_its_storage() -> None:
 
 
 @needs_swap
+def test_a_tensor_that_has_left_the_storage_is_not_its_owner() -> None:
+    """Or what an export still reads would be freed: the export counts where the tensor did."""
+    tensor = torch.zeros(4)
+    storage = tensor.untyped_storage()
+    array = np.from_dlpack(tensor.detach())  # which knows nothing of the tensor
+    tensor.data = torch.ones(4)
+    assert torch_private.storage_uses(storage) == torch_private.sole_storage_uses(1)
+    assert not torch_private.only_owner(storage, tensor)
+    assert array.tolist() == [0.0] * 4
+
+
+@needs_swap
 def test_views_count() -> None:
     tensor = torch.zeros(4)
     views = [tensor[i:] for i in range(3)]

@@ -14,7 +14,7 @@ import threading
 import weakref
 from bisect import bisect_right, insort
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from tpool.errors import PoolEndedError, ProtocolError
 from tpool.tensors.arena import Allocator, Arena
@@ -237,7 +237,10 @@ class BlockTable:
         """Notice the views that died."""
         dead, entries = self._dead, self._entries
         while dead:
-            watch = dead.popleft()
+            try:
+                watch = dead.popleft()
+            except IndexError:  # a signal handler was faster
+                return
             entry = entries.get(watch.address)
             if entry is not None and entry.watch is watch:  # otherwise the block got a new view since
                 entry.watch = None
@@ -253,7 +256,7 @@ class BlockTable:
         with self._lock:
             self._drain()
             self._end_holds()
-            self._trim_if_needed()
+            self._trim_if_needed(list(self._mapped.values()))
 
     def collect_garbage(self) -> None:
         """As ``collect``, after a collection of garbage: cycles may hold views.
@@ -274,9 +277,9 @@ class BlockTable:
         """Whether a block lives here, or did when somebody last looked. Takes no lock."""
         return bool(self._entries)
 
-    def _trim_if_needed(self) -> None:
-        """Give free memory back if another process of a pool waits for some."""
-        for mapped in list(self._mapped.values()):
+    def _trim_if_needed(self, arenas: Iterable[Mapped]) -> None:
+        """Give the free memory of these arenas back if another process of their pool waits for some."""
+        for mapped in arenas:
             allocator = mapped.allocator
             if allocator is not None and allocator.ledger.anyone_waiting(besides=allocator.index):
                 allocator.trim()

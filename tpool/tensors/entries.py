@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from bisect import bisect_left
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -63,22 +63,35 @@ class Peer:
     def __init__(self, name: str = "peer", owing: dict[Peer, None] | None = None) -> None:
         self.name = name
         self._owing = {} if owing is None else owing
-        # defaultdict: its += is one step for other threads and for user code inside a collection; get + set is not.
-        self.held: defaultdict[Entry, int] = defaultdict(int)
-        self.pending: defaultdict[tuple[int, int], int] = defaultdict(int)
+        # Counted up without a call, so that no user code comes between, inside a collection or by a signal: a
+        # defaultdict may start a collection where a key is missing.
+        self.held: dict[Entry, int] = {}
+        self.pending: dict[tuple[int, int], int] = {}
         self.pending_nbytes = 0
 
     def owe(self, entry: Entry) -> None:
         """One lease that we got from this peer has ended; it is to be told."""
         key = (entry.mapped.arena.id, entry.offset)
-        if key not in self.pending:
+        pending = self.pending  # after the tuple, which may start a collection
+        if key in pending:
+            pending[key] += 1
+        else:
+            pending[key] = 1
             self.pending_nbytes += entry.nbytes
-        self.pending[key] += 1
         self._owing[self] = None
 
-    def take_pending(self) -> defaultdict[tuple[int, int], int]:
+    def hold(self, entry: Entry) -> None:
+        """The peer gets one more lease on a block."""
+        held = self.held
+        if entry in held:
+            held[entry] += 1
+        else:
+            held[entry] = 1
+        entry.lent += 1
+
+    def take_pending(self) -> dict[tuple[int, int], int]:
         """What the peer is to be told; nothing is pending afterwards."""
-        empty: defaultdict[tuple[int, int], int] = defaultdict(int)
+        empty: dict[tuple[int, int], int] = {}
         self._owing.pop(self, None)  # first: what is added meanwhile puts us in again
         taken = self.pending
         self.pending = empty

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from tpool.errors import UnsupportedTensorError
+from tpool.errors import TransportError, UnsupportedTensorError
 from tpool.tensors import leases, torch_private
 from tpool.tensors.arrivals import fd_storage, named_storage
 from tpool.tensors.moving import ParkingLot, copy_bytes, known_to_tensors_alone, move_small, move_storage
@@ -290,7 +290,11 @@ class Outgoing:
         block, start = slabs.claim(nbytes)
         if not move_storage(storage, address, nbytes, slabs.storage(block, start, nbytes), tensor):
             found = leases.table().locate(storage.data_ptr(), nbytes)
-            assert found is not None, "only we move it"
+            if found is None:
+                raise TransportError(
+                    "the storage of a tensor was resized while the tensor was being sent, by another thread, a signal"
+                    " handler or a finalizer; send tensor.clone()"
+                )
             return found
         if resizable:
             self._parking.note(storage, nbytes)

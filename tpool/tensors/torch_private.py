@@ -175,9 +175,14 @@ def known_to_python(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def only_owner(storage: torch.UntypedStorage, tensor: torch.Tensor | None) -> bool:
-    """Whether nobody holds the storage but this one Python tensor; or, with None, nobody but its Python object."""
+    """Whether nobody holds the storage but this one Python tensor; or, with None, nobody but its Python object.
+
+    The tensor need not be on the storage any more: ``tensor.data = other`` takes it off.
+    """
     uses = storage_uses(storage)
-    return uses == _SOLE_BARE if tensor is None else uses == _SOLE_WITH_TENSOR and tensor_uses(tensor) == _SOLE_TENSOR
+    if tensor is None:
+        return uses == _SOLE_BARE
+    return uses == _SOLE_WITH_TENSOR and tensor_uses(tensor) == _SOLE_TENSOR and storage_id(tensor) == storage._cdata
 
 
 def swap_data(storage: torch.UntypedStorage, other: torch.UntypedStorage) -> None:
