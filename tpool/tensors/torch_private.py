@@ -136,7 +136,10 @@ def set_object_state(tensor: torch.Tensor, state: Any) -> None:
 
 def storage_id(tensor: torch.Tensor) -> int:
     """Names the tensor's storage: equal to ``storage._cdata`` of the one it views; valid while that lives."""
-    return int(_C._storage_id(tensor))
+    return int(_storage_id(tensor))
+
+
+_storage_id = _C._storage_id
 
 
 def storage_uses(storage: torch.UntypedStorage) -> int:
@@ -182,7 +185,7 @@ def only_owner(storage: torch.UntypedStorage, tensor: torch.Tensor | None) -> bo
     uses = storage_uses(storage)
     if tensor is None:
         return uses == _SOLE_BARE
-    return uses == _SOLE_WITH_TENSOR and tensor_uses(tensor) == _SOLE_TENSOR and storage_id(tensor) == storage._cdata
+    return uses == _SOLE_WITH_TENSOR and tensor_uses(tensor) == _SOLE_TENSOR and _storage_id(tensor) == storage._cdata
 
 
 def swap_data(storage: torch.UntypedStorage, other: torch.UntypedStorage) -> None:
