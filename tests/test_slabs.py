@@ -257,6 +257,32 @@ def test_a_signal_handler_that_sends_what_is_being_sent(
         assert arrived[0 if len(arrived) == 1 else 5].data_ptr() == tensor.data_ptr()
 
 
+@pytest.mark.parametrize("outer", ["share", "copy"])
+@pytest.mark.parametrize("numel", [1000, 5000])
+def test_many_bytes_that_a_signal_handler_sends_in_the_middle_of_their_move_stay(
+    peering: Peering, monkeypatch: pytest.MonkeyPatch, outer: Any, numel: int
+) -> None:
+    """So many that the inner message looks closely at what it has parked."""
+    monkeypatch.setattr(moving, "PARKED_LIMIT_NBYTES", 1)
+    tensor = torch.full((numel,), 7.0)
+    copy = moving._memmove
+    inner: list[Any] = []
+
+    def copy_interrupted(*arguments: int) -> None:
+        if not inner:
+            inner.append(None)
+            inner[0] = codec_for(peering.arena, "share").dumps([tensor])
+            assert hasattr(tensor.untyped_storage(), moving._PARKED), "the outer copy reads memory that is gone"
+        copy(*arguments)
+
+    monkeypatch.setattr(moving, "_memmove", copy_interrupted)
+    payload = codec_for(peering.arena, outer).dumps([tensor])
+    monkeypatch.undo()
+    assert inner
+    for each in (inner[0], payload):
+        assert codec_for(peering.arena, "share").loads(peering.ask("", each))[0].eq(7).all()
+
+
 @pytest.mark.parametrize(("numel", "blocks"), [(256, 1), (5000, 40)])
 def test_of_a_list_only_what_others_know_stays_parked(peering: Peering, numel: int, blocks: int) -> None:
     tensors = numbered(40, numel)

@@ -63,8 +63,9 @@ class Peer:
     def __init__(self, name: str = "peer", owing: dict[Peer, None] | None = None) -> None:
         self.name = name
         self._owing = {} if owing is None else owing
-        # Counted up without a call, so that no user code comes between, inside a collection or by a signal: a
-        # defaultdict may start a collection where a key is missing.
+        # Counted up by += on a key that is there: one step for other threads, and for user code inside a collection or
+        # a signal handler. A defaultdict may start a collection where a key is missing, and CPython 3.10 looks for
+        # signals where it jumps.
         self.held: dict[Entry, int] = {}
         self.pending: dict[tuple[int, int], int] = {}
         self.pending_nbytes = 0
@@ -72,21 +73,22 @@ class Peer:
     def owe(self, entry: Entry) -> None:
         """One lease that we got from this peer has ended; it is to be told."""
         key = (entry.mapped.arena.id, entry.offset)
-        pending = self.pending  # after the tuple, which may start a collection
-        if key in pending:
-            pending[key] += 1
-        else:
-            pending[key] = 1
-            self.pending_nbytes += entry.nbytes
+        while True:
+            if key not in self.pending:
+                self.pending.setdefault(key, 0)
+                self.pending_nbytes += entry.nbytes
+            try:
+                self.pending[key] += 1
+            except KeyError:  # it was taken in between
+                continue
+            break
         self._owing[self] = None
 
     def hold(self, entry: Entry) -> None:
         """The peer gets one more lease on a block."""
-        held = self.held
-        if entry in held:
-            held[entry] += 1
-        else:
-            held[entry] = 1
+        if entry not in self.held:
+            self.held.setdefault(entry, 0)
+        self.held[entry] += 1
         entry.lent += 1
 
     def take_pending(self) -> dict[tuple[int, int], int]:

@@ -137,7 +137,7 @@ class LeaseTable(BlockTable):
             return []
         with self._lock:
             self._drain()
-            return [(arena_id, offset, count) for (arena_id, offset), count in peer.take_pending().items()]
+            return [(arena_id, offset, count) for (arena_id, offset), count in peer.take_pending().items() if count]
 
     def pending_nbytes(self, peer: Peer) -> int:
         """The bytes that the peer may be able to use again once it is told what is pending for it."""

@@ -57,14 +57,14 @@ def move_storage(
         tensor: the tensor on it that is being sent, the only one that is known to the caller; None if not at hand.
 
     Returns:
-        False if another thread was faster: then it lies in another block.
+        False if another thread was faster: then it lies in another block; or other code gave it other memory.
     """
     lock = _moving(storage, nbytes)
     # In a signal handler, or a finalizer, this may be the very storage that our thread is about to copy: it must not
     # lose its memory in between, and not be moved away again by who comes back.
     nested = lock._is_owned()
     with lock:
-        if storage.data_ptr() != address:
+        if storage.data_ptr() != address or storage.nbytes() != nbytes:
             return False
         _memmove(target.data_ptr(), address, nbytes)
         unknown = not nested and storage.resizable() and torch_private.only_owner(storage, tensor)
@@ -156,6 +156,13 @@ def _moving(storage: torch.UntypedStorage, nbytes: int) -> Any:
     return vars(storage).setdefault(table.lock_name, threading.RLock())
 
 
+def _is_moving(storage: torch.UntypedStorage, nbytes: int) -> bool:
+    """Whether this thread is about to move or copy this storage, further out: then its old memory must not go."""
+    table = leases.table()
+    lock: Any = table.moving_small if nbytes <= SMALL_NBYTES else vars(storage).get(table.lock_name)
+    return lock is not None and lock._is_owned()
+
+
 class ParkingLot:
     """The storages of one message whose old memory is parked only because they have more than one tensor.
 
@@ -171,7 +178,7 @@ class ParkingLot:
 
     def note(self, storage: torch.UntypedStorage, nbytes: int) -> None:
         """A resizable storage was just moved; see whether its old memory is parked."""
-        if not hasattr(storage, _PARKED):
+        if not hasattr(storage, _PARKED) or _is_moving(storage, nbytes):
             return
         self._storages.append(storage)
         self._nbytes += nbytes

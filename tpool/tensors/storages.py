@@ -292,8 +292,8 @@ class Outgoing:
             found = leases.table().locate(storage.data_ptr(), nbytes)
             if found is None:
                 raise TransportError(
-                    "the storage of a tensor was resized while the tensor was being sent, by another thread, a signal"
-                    " handler or a finalizer; send tensor.clone()"
+                    "the storage of a tensor was resized, or shared through torch, while the tensor was being sent, by"
+                    " another thread, a signal handler or a finalizer; send tensor.clone()"
                 )
             return found
         if resizable:
