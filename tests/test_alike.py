@@ -254,7 +254,7 @@ def test_a_storage_that_changes_its_size_while_memory_is_waited_for(
         assert torch.equal(sent[12], torch.full((numel,), 12.0))
 
 
-@pytest.mark.parametrize("sizes", [(50_000,), (0, 20_000)])  # the second often has the address that it had before
+@pytest.mark.parametrize("sizes", [(50_000,), (0, 20_000)])
 def test_a_lone_storage_that_changes_its_size_while_memory_is_waited_for(
     peering: Peering, monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...]
 ) -> None:

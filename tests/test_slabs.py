@@ -257,6 +257,17 @@ def test_a_signal_handler_that_sends_what_is_being_sent(
         assert arrived[0 if len(arrived) == 1 else 5].data_ptr() == tensor.data_ptr()
 
 
+@pytest.mark.parametrize("numel", [1000, 5000])
+def test_a_storage_at_its_old_address_that_has_become_smaller_does_not_move(numel: int) -> None:
+    tensor = torch.full((numel,), 7.0)
+    storage = tensor.untyped_storage()
+    before = storage.data_ptr()
+    nbytes = 2 * storage.nbytes()  # as large as it was when it was looked at
+    assert not moving.move_storage(storage, before, nbytes, torch.UntypedStorage(nbytes), tensor)
+    assert storage.data_ptr() == before
+    assert tensor.eq(7).all()
+
+
 @pytest.mark.parametrize("outer", ["share", "copy"])
 @pytest.mark.parametrize("numel", [1000, 5000])
 def test_many_bytes_that_a_signal_handler_sends_in_the_middle_of_their_move_stay(
