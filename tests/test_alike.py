@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -225,6 +226,21 @@ def test_a_subclass_or_a_parameter_among_them(peering: Peering) -> None:
     assert [type(each) for each in back] == [type(each) for each in sent]
 
 
+def while_memory_is_waited_for(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> list[None]:
+    """Call ``act`` the first time that memory is asked for; the list has one item once that was done."""
+    allocate = leases.Memory.allocate
+    done: list[None] = []
+
+    def allocate_after(memory: leases.Memory, nbytes: int, **options: Any) -> Any:
+        if not done:
+            done.append(None)
+            act()
+        return allocate(memory, nbytes, **options)
+
+    monkeypatch.setattr(leases.Memory, "allocate", allocate_after)
+    return done
+
+
 @pytest.mark.parametrize("numel", [100, 10_000])
 @pytest.mark.parametrize("becomes", [0, 1, 50_000])
 @pytest.mark.parametrize("which", [0, 11])
@@ -234,15 +250,7 @@ def test_a_storage_that_changes_its_size_while_memory_is_waited_for(
     """As a signal handler, a finalizer or another thread may do: no memory is read or written that is not there."""
     codec = codec_for(peering.arena, "share")
     sent = alike(20, numel)
-    allocate = leases.Memory.allocate
-    done: list[Any] = []
-
-    def allocate_after(memory: leases.Memory, nbytes: int, **options: Any) -> Any:
-        if not done:
-            done.append(sent[which].untyped_storage().resize_(4 * becomes))
-        return allocate(memory, nbytes, **options)
-
-    monkeypatch.setattr(leases.Memory, "allocate", allocate_after)
+    done = while_memory_is_waited_for(monkeypatch, lambda: sent[which].untyped_storage().resize_(4 * becomes))
     payload = None
     with contextlib.suppress(RuntimeError, TransportError):  # torch has no tensor beyond its storage
         payload = codec.dumps(sent)
@@ -260,14 +268,7 @@ def test_a_lone_storage_that_changes_its_size_while_memory_is_waited_for(
 ) -> None:
     codec = codec_for(peering.arena, "share")
     sent = torch.zeros(10_000)
-    allocate = leases.Memory.allocate
-
-    def allocate_after(memory: leases.Memory, nbytes: int, **options: Any) -> Any:
-        for nbytes in sizes:
-            sent.untyped_storage().resize_(nbytes)
-        return allocate(memory, nbytes, **options)
-
-    monkeypatch.setattr(leases.Memory, "allocate", allocate_after)
+    while_memory_is_waited_for(monkeypatch, lambda: [sent.untyped_storage().resize_(nbytes) for nbytes in sizes])
     with pytest.raises(TransportError, match="was resized, or shared"):
         codec.dumps(sent)
     assert sent.untyped_storage().nbytes() == sizes[-1]
@@ -280,16 +281,8 @@ def test_a_storage_that_somebody_else_sends_while_memory_is_waited_for(
 ) -> None:
     codec = codec_for(peering.arena, "share")
     sent = alike(20, numel)
-    allocate = leases.Memory.allocate
     others: list[Any] = []
-
-    def allocate_after(memory: leases.Memory, nbytes: int, **options: Any) -> Any:
-        if not others:
-            others.append(None)
-            others[0] = codec.dumps(sent[which])
-        return allocate(memory, nbytes, **options)
-
-    monkeypatch.setattr(leases.Memory, "allocate", allocate_after)
+    while_memory_is_waited_for(monkeypatch, lambda: others.append(codec.dumps(sent[which])))
     payload = codec.dumps(sent)
     monkeypatch.undo()
     codec.loads(peering.ask("", payload, act="write"))
