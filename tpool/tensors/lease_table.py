@@ -24,7 +24,7 @@ MANY_BLOCKS = 32
 MUCH_NBYTES = 1 << 20
 SMALL_PART = 64
 
-# So many leases end under one lock, in half a millisecond; who wants a block waits no longer.
+# So many leases end under one lock, in half a millisecond to one; who wants a block waits no longer.
 _GIVE_BACKS_AT_ONCE = 1000
 
 
@@ -157,7 +157,8 @@ class LeaseTable(BlockTable):
             with self._lock:
                 if self._dead:
                     self._drain()
-                self._trim_if_needed({self._end_leases(peer, *give_back) for give_back in some})
+                touched = {self._end_leases(peer, *give_back) for give_back in some}
+                self._trim_if_needed(touched)
 
     def _end_leases(self, peer: Peer, arena_id: int, offset: int, count: int) -> Mapped:
         mapped = self._mapped.get(arena_id)
