@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -84,6 +85,10 @@ def with_attribute(tensors: list[torch.Tensor]) -> None:
     tensors[11].name_of_it = "eleven"  # type: ignore[attr-defined]
 
 
+def with_a_class_as_attribute(tensors: list[torch.Tensor]) -> None:
+    tensors[11].kind = torch.Tensor  # type: ignore[attr-defined]
+
+
 def with_other_dtype(tensors: list[torch.Tensor]) -> None:
     tensors[11] = torch.zeros(2, 6, dtype=torch.float64)
 
@@ -124,6 +129,7 @@ def large_and_one_with_part_of_a_storage(tensors: list[torch.Tensor]) -> None:
     [
         with_grad,
         with_attribute,
+        with_a_class_as_attribute,
         with_other_dtype,
         with_other_shape,
         transposed,
@@ -165,6 +171,15 @@ def test_tensors_of_other_kinds(peering: Peering, as_one: list[bool], mode: Any,
         assert len(back) == 10
     if kind != "one number":
         assert True not in as_one
+
+
+def test_a_list_that_is_sent_leaves_nothing_on_its_tensors(peering: Peering) -> None:
+    """Not even an empty ``__dict__``, which the caller's tensors would keep."""
+    sent = alike(20, 5000)
+    payload = codec_for(peering.arena, "share").dumps(sent)
+    assert len(payload.blocks) == 20
+    storages = [tensor.untyped_storage() for tensor in sent]
+    assert {dict, list}.isdisjoint(map(type, gc.get_referents(*sent, *storages)))
 
 
 def test_an_attribute_that_leads_back_to_the_list(peering: Peering) -> None:

@@ -268,6 +268,37 @@ def test_a_storage_at_its_old_address_that_has_become_smaller_does_not_move(nume
     assert tensor.eq(7).all()
 
 
+def test_a_large_storage_does_not_wait_for_the_copy_of_another_one(
+    peering: Peering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec = codec_for(peering.arena, "share")
+    first, *others = numbered(20, 5000)
+    lock = moving._moving(first.untyped_storage(), first.nbytes)
+    other = next(each for each in others if moving._moving(each.untyped_storage(), each.nbytes) is not lock)
+    first_address, copy = first.data_ptr(), moving._memmove
+    copying, go_on = threading.Event(), threading.Event()
+
+    def copy_slowly(to: int, source: int, nbytes: int) -> None:
+        if source == first_address:
+            copying.set()
+            assert go_on.wait(60)
+        copy(to, source, nbytes)
+
+    monkeypatch.setattr(moving, "_memmove", copy_slowly)
+    with ThreadPoolExecutor(2) as executor:
+        slow = executor.submit(codec.dumps, first)
+        assert copying.wait(60)
+        try:
+            quick = executor.submit(codec.dumps, other).result(60)
+            assert not slow.done()
+        finally:
+            go_on.set()
+        payloads = [slow.result(60), quick]
+    monkeypatch.undo()
+    arrived = [codec.loads(peering.ask("", payload)) for payload in payloads]
+    assert [float(each.sum()) for each in arrived] == [float(each.sum()) for each in (first, other)]
+
+
 @pytest.mark.parametrize("outer", ["share", "copy"])
 @pytest.mark.parametrize("numel", [1000, 5000])
 def test_many_bytes_that_a_signal_handler_sends_in_the_middle_of_their_move_stay(

@@ -9,7 +9,6 @@ collection, a signal handler); each change of a shared variable is therefore one
 from __future__ import annotations
 
 import gc
-import os
 import threading
 import weakref
 from bisect import bisect_right, insort
@@ -25,6 +24,11 @@ from tpool.tensors.memfd import Guard, view_of
 __all__ = ["BlockTable"]
 
 
+# So many large storages may be moved at once, by as many threads. That two which want to meet at one lock, and one of
+# them waits for the other's copy, has a chance of one in this many.
+_MOVING_LOCKS = 64
+
+
 class BlockTable:
     """Arenas, the blocks in them that live here, and the forked children that may read them.
 
@@ -32,7 +36,7 @@ class BlockTable:
     ``LeaseTable``) and no child may read it.
 
     Attributes:
-        lock_name: what locks of this process are named that hang on objects which forked children inherit.
+        moving: one of these is taken by whoever moves or copies a large storage; see ``moving.py``.
         moving_small: taken by whoever moves a small storage; reentrant, as a signal handler may send one too.
         span: all blocks lie between these two addresses, as does memory that is not ours.
     """
@@ -42,7 +46,7 @@ class BlockTable:
         self._reset()
 
     def _reset(self) -> None:
-        self.lock_name = f"_tpool_moving_{os.getpid()}"
+        self.moving = tuple(threading.RLock() for _ in range(_MOVING_LOCKS))
         self.moving_small = threading.RLock()
         self._lock = threading.RLock()
         self._dead: deque[Watch] = deque()

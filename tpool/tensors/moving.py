@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import threading
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -74,9 +73,6 @@ def move_storage(
             return False
         if not unknown:
             setattr(storage, _PARKED, (target, getattr(storage, _PARKED, None)))
-        if nbytes > SMALL_NBYTES and not nested:
-            # Whoever waits for this lock, or makes a new one, finds the storage moved. Kept, it would cost 300 bytes.
-            vars(storage).pop(leases.table().lock_name, None)
         return True
 
 
@@ -146,21 +142,14 @@ _memmove.restype = None
 def _moving(storage: torch.UntypedStorage, nbytes: int) -> Any:
     """The lock under which the memory of this storage of so many bytes changes hands.
 
-    That of a small one is the process's. That of a large one hangs on the storage, for all other senders would wait
-    for its copy; and its name tells the process, for a forked child would inherit one that nobody there will release.
-    ``dict.setdefault`` is atomic. Both are reentrant, as a signal handler or a finalizer may send the storage, too.
+    Small ones have one for all. Large ones share a few, found by address, for all other senders would wait for their
+    copies; one made for each, hung on the storage, took 1.2 of 25 us. All are reentrant, as a signal handler or a
+    finalizer may send the storage, too, and belong to the table, which is new in a forked child.
     """
     table = leases.table()
     if nbytes <= SMALL_NBYTES:
         return table.moving_small
-    return vars(storage).setdefault(table.lock_name, threading.RLock())
-
-
-def _is_moving(storage: torch.UntypedStorage, nbytes: int) -> bool:
-    """Whether this thread is about to move or copy this storage, further out: then its old memory must not go."""
-    table = leases.table()
-    lock: Any = table.moving_small if nbytes <= SMALL_NBYTES else vars(storage).get(table.lock_name)
-    return lock is not None and lock._is_owned()
+    return table.moving[(storage._cdata >> 6) % len(table.moving)]
 
 
 class ParkingLot:
@@ -178,7 +167,7 @@ class ParkingLot:
 
     def note(self, storage: torch.UntypedStorage, nbytes: int) -> None:
         """A resizable storage was just moved; see whether its old memory is parked."""
-        if not hasattr(storage, _PARKED) or _is_moving(storage, nbytes):
+        if not hasattr(storage, _PARKED) or _moving(storage, nbytes)._is_owned():  # then it must not go
             return
         self._storages.append(storage)
         self._nbytes += nbytes

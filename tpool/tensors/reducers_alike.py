@@ -7,6 +7,7 @@ than their memory does.
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,9 +44,15 @@ def as_alike(items: list[Any]) -> Alike | None:
         return None  # as of most lists, however long they are
     if set(map(type, items)) != {torch.Tensor} or len(set(map(id, items))) < len(items):
         return None
-    if any(map(vars, items)):  # an attribute may lead back to the list
+    if _may_have_attributes(items) and any(map(vars, items)):  # an attribute may lead back to the list
         return None
     return Alike(items)
+
+
+def _may_have_attributes(tensors: list[torch.Tensor]) -> bool:
+    """False if the collector knows of no tensor more than its class. To ask for its ``__dict__`` would make it one."""
+    known = gc.get_referents(*tensors)
+    return not len(known) == len(tensors) == known.count(torch.Tensor)
 
 
 def reduce_alike(alike: Alike, sender: Outgoing) -> Reduced:

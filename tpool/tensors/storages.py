@@ -16,6 +16,7 @@ storage; the user's own sharing is never undone.
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,6 +39,9 @@ Sharing = Literal["share", "copy"]
 
 # Regions start on such a boundary of their storage, so that a view of another dtype on the same bytes is aligned too.
 REGION_ALIGNMENT = 64
+
+
+_ADDRESS_OF = operator.attrgetter("_cdata")
 
 
 class Overlap(Exception):
@@ -219,23 +223,26 @@ class Outgoing:
         As ``place`` does for each, but for what only other kinds need: 1 of 16 us for 20 KB, and 1 of 26 for 150 KB,
         with the leases that end together.
         """
-        table, blocks, slabs = leases.table(), self.blocks, self._slabs
+        table, slabs = leases.table(), self._slabs
+        blocks: list[Block] = []
         for storage, tensor in zip(storages, tensors, strict=True):
             address = storage.data_ptr()
             low, high = table.span  # now, as in move_small
             if low <= address < high or storage.is_shared():
-                return
+                break
             resizable, block = storage.resizable(), self.memory.allocate(nbytes)
             if storage.nbytes() != nbytes:  # user code changed it while memory was waited for
-                return
+                break
             if not move_storage(storage, address, nbytes, slabs.storage(block, 0, nbytes), tensor):
-                return
+                break
             if resizable:
                 self._parking.note(storage, nbytes)
-            self._met.append(storage)
-            self._places[storage._cdata] = len(blocks)
-            indices.append(len(blocks))
             blocks.append(block)
+        first, moved = len(self.blocks), storages[: len(blocks)]
+        indices += range(first, first + len(blocks))
+        self.blocks += blocks
+        self._met += moved
+        self._places.update(zip(map(_ADDRESS_OF, moved), indices, strict=True))
 
     def place_region(self, storage: torch.UntypedStorage, start: int, stop: int) -> tuple[Place, int] | None:
         """In mode ``"copy"``: send only the bytes from ``start`` to ``stop``.
