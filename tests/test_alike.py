@@ -243,16 +243,19 @@ def test_a_subclass_or_a_parameter_among_them(peering: Peering) -> None:
 
 def while_memory_is_waited_for(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> list[None]:
     """Call ``act`` the first time that memory is asked for; the list has one item once that was done."""
-    allocate = leases.Memory.allocate
     done: list[None] = []
 
-    def allocate_after(memory: leases.Memory, nbytes: int, **options: Any) -> Any:
-        if not done:
-            done.append(None)
-            act()
-        return allocate(memory, nbytes, **options)
+    def after(allocate: Callable[..., Any]) -> Callable[..., Any]:
+        def allocate_after(*arguments: Any, **options: Any) -> Any:
+            if not done:
+                done.append(None)
+                act()
+            return allocate(*arguments, **options)
 
-    monkeypatch.setattr(leases.Memory, "allocate", allocate_after)
+        return allocate_after
+
+    for name in ("allocate", "allocate_some"):
+        monkeypatch.setattr(leases.Memory, name, after(getattr(leases.Memory, name)))
     return done
 
 

@@ -315,6 +315,15 @@ class Anything(RuleBasedStateMachine):
             assert all(offset + nbytes <= start or end <= offset for start, end in spans)
             self.live[offset] = nbytes
 
+    @rule(nbytes=st.sampled_from([64, 700, 4097, 9000]), count=st.integers(0, 4))
+    def allocate_young(self, nbytes: int, count: int) -> None:
+        before = self.allocator.committed_nbytes
+        offsets = self.allocator.allocate_young(nbytes, count)
+        assert len(offsets) <= count
+        assert self.allocator.committed_nbytes == before, "what was freed lately costs no new pages"
+        assert not self.live.keys() & set(offsets)
+        self.live.update(dict.fromkeys(offsets, nbytes))
+
     @precondition(lambda self: self.live)
     @rule(data=st.data())
     def free(self, data: st.DataObject) -> None:

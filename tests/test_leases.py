@@ -496,6 +496,52 @@ def test_memory_does_not_wait_for_more_than_the_budget(pair: Pair) -> None:
         Memory(pair.a.arena, wait, pair.a.table).allocate(17 * MIB)
 
 
+def free_lately(one: Process, nbytes: int, count: int) -> set[int]:
+    blocks = [one.allocate(nbytes) for _ in range(count)]
+    return {block.offset for block in blocks}
+
+
+def test_some_blocks_at_once(one: Process) -> None:
+    memory = Memory(one.arena, lambda seconds: False, one.table)
+    (first,) = memory.allocate_some(150_000, 50)  # nothing was freed lately
+    freed = free_lately(one, 150_000, 20)
+    some = memory.allocate_some(150_000, 10)
+    assert len(some) == 10
+    assert {block.offset for block in some} < freed
+    assert {block.nbytes for block in some} == {150_000}
+    assert len(memory.allocate_some(150_000, 50)) == 10, "there are no more"
+    assert first.offset not in freed
+
+
+def test_some_blocks_at_once_are_not_all_that_there_are(one: Process) -> None:
+    memory = Memory(one.arena, lambda seconds: False, one.table)
+    for nbytes, most in ((150_000, 13), (MIB, 2), (3 * MIB, 1)):
+        free_lately(one, nbytes, most + 1)
+        assert len(memory.allocate_some(nbytes, 50)) == most
+    free_lately(one, 9000, 400)
+    assert len(memory.allocate_some(9000, 400)) == 2 * MIB // 9000
+
+
+def test_of_some_blocks_an_interrupt_leaves_none_in_use(one: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    free_lately(one, 9000, 10)
+    enter = one.table._enter
+    entered: list[Block] = []
+
+    def enter_interrupted(mapped: Mapped, offset: int, nbytes: int) -> Block:
+        entered.append(enter(mapped, offset, nbytes))
+        if len(entered) == 4:
+            raise KeyboardInterrupt
+        return entered[-1]
+
+    monkeypatch.setattr(one.table, "_enter", enter_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        one.table.allocate_young(one.arena, 9000, 8)
+    assert one.allocator.blocks_in_use == 4
+    entered.clear()
+    one.table.collect()
+    assert one.allocator.blocks_in_use == 0
+
+
 def test_trim(pair: Pair) -> None:
     pair.a.allocate(MIB)
     assert pair.a.table.trim(aged_only=True) == 0

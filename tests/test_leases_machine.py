@@ -114,16 +114,30 @@ class Pool(RuleBasedStateMachine):
         _, process = self.party(data)
         self.new_block(process, nbytes)
 
+    @rule(data=st.data(), nbytes=SIZES, freed=st.integers(0, 4), count=st.integers(1, 5))
+    def allocate_young(self, data: st.DataObject, nbytes: int, freed: int, count: int) -> None:
+        _, process = self.party(data)
+        made = sum([self.new_block(process, nbytes) for _ in range(freed)])
+        del process.kept[len(process.kept) - made :]
+        blocks = process.table.allocate_young(process.arena, nbytes, count)
+        assert len(blocks) <= count
+        for block in blocks:
+            self.keep(process, block)
+
     def new_block(self, process: Process, nbytes: int) -> bool:
         block = process.table.allocate(process.arena, nbytes)
         if block is None:
             return False
+        self.keep(process, block)
+        return True
+
+    def keep(self, process: Process, block: Block) -> None:
+        nbytes = block.nbytes
         self.stamps += 1
         block.view[:] = pattern(self.stamps, nbytes)
         if self.stamps % 2:
             process.table.note_slab(block)
         process.kept.append((block, self.stamps))
-        return True
 
     @rule(data=st.data(), nbytes=SIZES, hops=st.integers(1, 5), keep=st.integers(0, 31))
     def pass_on(self, data: st.DataObject, nbytes: int, hops: int, keep: int) -> None:

