@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpool.errors import SharedMemoryExhausted, TransportError
-from tpool.tensors import leases, reducers_alike
+from tpool.tensors import leases, reducers_alike, storages
 from tpool.tensors.pickler import Codec
 
 MODES = [("share", True), ("copy", True), ("share", False)]
@@ -178,8 +179,9 @@ def test_a_list_that_is_sent_leaves_nothing_on_its_tensors(peering: Peering) -> 
     sent = alike(20, 5000)
     payload = codec_for(peering.arena, "share").dumps(sent)
     assert len(payload.blocks) == 20
-    storages = [tensor.untyped_storage() for tensor in sent]
-    assert {dict, list}.isdisjoint(map(type, gc.get_referents(*sent, *storages)))
+    new = torch.zeros(5)
+    for those, like in ((sent, new), ([tensor.untyped_storage() for tensor in sent], new.untyped_storage())):
+        assert set(map(type, gc.get_referents(*those))) == set(map(type, gc.get_referents(like)))
 
 
 def test_an_attribute_that_leads_back_to_the_list(peering: Peering) -> None:
@@ -306,6 +308,35 @@ def test_a_storage_that_somebody_else_sends_while_memory_is_waited_for(
     codec.loads(peering.ask("", payload, act="write"))
     assert all(bool(tensor.eq(99).all()) for tensor in sent)
     assert float(codec.loads(peering.ask("", others[0]))[0]) == 99
+
+
+def test_an_interrupt_keeps_no_blocks_of_those_that_come_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    arena, ledger = new_arena(budget=1 << 30)
+    codec = Codec(leases.Memory(arena, lambda seconds: False))
+    allocator = leases.table().allocator(arena)
+    assert allocator is not None
+    codec.dumps(alike(20, 25_000))
+    move, calls = storages.move_storage, itertools.count()
+
+    def move_interrupted(*arguments: Any) -> bool:
+        if next(calls) == 2:
+            assert allocator.blocks_in_use > 10
+            raise KeyboardInterrupt
+        return move(*arguments)
+
+    monkeypatch.setattr(storages, "move_storage", move_interrupted)
+    sent = alike(20, 25_000)
+    try:
+        with pytest.raises(KeyboardInterrupt) as interrupt:
+            codec.dumps(sent)
+        leases.table().collect()
+        assert allocator.blocks_in_use <= 3
+        del interrupt, sent
+        leases.table().collect()
+        assert allocator.blocks_in_use == 0
+    finally:
+        leases.table().remove(arena)
+        ledger.close()
 
 
 def test_a_list_that_torch_shares_needs_no_memory_of_ours() -> None:

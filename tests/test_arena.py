@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import SupportsIndex
 
 import pytest
 from hypothesis import given, settings
@@ -294,6 +295,31 @@ def test_impossible_blocks_are_refused(allocator: Allocator, offset: int, nbytes
     with pytest.raises(ProtocolError):
         allocator.reserve(offset, nbytes)
     allocator.adopt()
+
+
+class Raced(list[int]):
+    """Free blocks that a signal handler takes in the moment in which one is asked for."""
+
+    def pop(self, *args: SupportsIndex) -> int:
+        if len(self) < 3:
+            self.clear()
+        return super().pop(*args)
+
+
+def test_a_signal_handler_that_takes_the_last_free_blocks(allocator: Allocator) -> None:
+    offsets = [take(allocator, 5000) for _ in range(5)]
+    for offset in offsets:
+        allocator.free(offset)
+    (size,) = allocator._young
+    allocator._young[size] = Raced(offsets)
+    assert sorted(allocator.allocate_young(5000, 5)) == offsets[2:]
+    allocator._young[size] = Raced(offsets[:2])
+    assert allocator.allocate_young(5000, 5) == []
+    allocator._young[size] = Raced(offsets[:2])
+    assert allocator.trim() == 0
+    for offset in offsets[2:]:
+        allocator.free(offset)
+    allocator._young[size] += offsets[:2]
 
 
 # Anything, in any order -------------------------------------------------------------------------------------------

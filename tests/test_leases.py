@@ -16,7 +16,7 @@ from support import wait_until
 from tpool.errors import PoolEndedError, ProtocolError, SharedMemoryExhausted
 from tpool.tensors.arena import Allocator, Arena, Ledger
 from tpool.tensors.entries import Entry, Mapped, Watch
-from tpool.tensors.lease_table import MANY_BLOCKS
+from tpool.tensors.lease_table import MANY_BLOCKS, SMALL_PART
 from tpool.tensors.leases import Block, LeaseTable, Memory, Peer, table
 from tpool.tensors.memfd import PAGE_NBYTES
 
@@ -496,15 +496,26 @@ def test_memory_does_not_wait_for_more_than_the_budget(pair: Pair) -> None:
         Memory(pair.a.arena, wait, pair.a.table).allocate(17 * MIB)
 
 
-def free_lately(one: Process, nbytes: int, count: int) -> set[int]:
-    blocks = [one.allocate(nbytes) for _ in range(count)]
+@pytest.fixture
+def roomy() -> Iterator[Process]:
+    """One with a larger budget, so that 2 MB are a small part of it."""
+    ledger = Ledger.create(1, 1 << 30)
+    process = Process(ledger, 0)
+    yield process
+    process.table.check()
+    process.close()
+    ledger.close()
+
+
+def free_lately(process: Process, nbytes: int, count: int) -> set[int]:
+    blocks = [process.allocate(nbytes) for _ in range(count)]
     return {block.offset for block in blocks}
 
 
-def test_some_blocks_at_once(one: Process) -> None:
-    memory = Memory(one.arena, lambda seconds: False, one.table)
+def test_some_blocks_at_once(roomy: Process) -> None:
+    memory = Memory(roomy.arena, lambda seconds: False, roomy.table)
     (first,) = memory.allocate_some(150_000, 50)  # nothing was freed lately
-    freed = free_lately(one, 150_000, 20)
+    freed = free_lately(roomy, 150_000, 20)
     some = memory.allocate_some(150_000, 10)
     assert len(some) == 10
     assert {block.offset for block in some} < freed
@@ -513,13 +524,14 @@ def test_some_blocks_at_once(one: Process) -> None:
     assert first.offset not in freed
 
 
-def test_some_blocks_at_once_are_not_all_that_there_are(one: Process) -> None:
-    memory = Memory(one.arena, lambda seconds: False, one.table)
-    for nbytes, most in ((150_000, 13), (MIB, 2), (3 * MIB, 1)):
-        free_lately(one, nbytes, most + 1)
-        assert len(memory.allocate_some(nbytes, 50)) == most
-    free_lately(one, 9000, 400)
-    assert len(memory.allocate_some(9000, 400)) == 2 * MIB // 9000
+def test_some_blocks_at_once_are_not_all_that_there_are(roomy: Process, one: Process) -> None:
+    memory = Memory(roomy.arena, lambda seconds: False, roomy.table)
+    for nbytes, most in ((150_000, 13), (MIB, 2), (3 * MIB, 1), (9000, 2 * MIB // 9000)):
+        free_lately(roomy, nbytes, most + 1)
+        assert len(memory.allocate_some(nbytes, 400)) == most
+    free_lately(one, 9000, 50)
+    small = Memory(one.arena, lambda seconds: False, one.table)
+    assert len(small.allocate_some(9000, 50)) == one.allocator.ledger.budget_nbytes // SMALL_PART // 9000
 
 
 def test_of_some_blocks_an_interrupt_leaves_none_in_use(one: Process, monkeypatch: pytest.MonkeyPatch) -> None:

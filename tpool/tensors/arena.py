@@ -18,6 +18,7 @@ lose bytes, never give them out twice.
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 from tpool.errors import PlatformError, ProtocolError
@@ -108,8 +109,11 @@ class Allocator:
         size = class_nbytes(nbytes)
         young = self._young.get(size, [])
         taken: list[int] = []
-        while len(taken) < count and young:
-            offset = young.pop()  # no call since the look, so nobody came between
+        while len(taken) < count:
+            try:
+                offset = young.pop()
+            except IndexError:  # not looked for before: at the end of a loop a signal handler may come between
+                break
             self._sizes[offset] = size
             self.used_nbytes += size
             taken.append(offset)
@@ -357,7 +361,8 @@ def _align(offset: int, size: int) -> int:
 def _take_blocks(lists: dict[int, list[int]]) -> list[tuple[int, int, Extents | None]]:
     taken: list[tuple[int, int, Extents | None]] = []
     for size, offsets in list(lists.items()):
-        while offsets:
-            offset = offsets.pop()
-            taken.append((offset, offset + size, None))
+        with contextlib.suppress(IndexError):  # when there are no more
+            while True:
+                offset = offsets.pop()
+                taken.append((offset, offset + size, None))
     return taken

@@ -46,16 +46,17 @@ class BlockTable:
         self._reset()
 
     def _reset(self) -> None:
-        self.moving = tuple(threading.RLock() for _ in range(_MOVING_LOCKS))
-        self.moving_small = threading.RLock()
+        # First, in a forked child: what a collection runs in between must get no block of the parent's.
+        self._mapped: dict[int, Mapped] = {}  # by arena id
         self._lock = threading.RLock()
         self._dead: deque[Watch] = deque()
         self._entries: dict[int, Entry] = {}  # by address
         self._slabs: list[int] = []  # addresses, sorted
-        self._mapped: dict[int, Mapped] = {}  # by arena id
         self.span = (0, 0)
         self._peers: set[Peer] = set()  # who ever held a lease and was not forgotten; for check
         self._held_by_fork: dict[int, list[Entry]] = {}
+        self.moving_small = threading.RLock()
+        self.moving = tuple(threading.RLock() for _ in range(_MOVING_LOCKS))
 
     # Arenas --------------------------------------------------------------------------------------------------------
 
@@ -157,6 +158,8 @@ class BlockTable:
                 with self._lock:
                     while offsets:
                         allocator.free(offsets.pop())
+                    if mapped.removed:
+                        self._close_if_empty(mapped)
         return blocks
 
     def _owned(self, arena: Arena) -> tuple[Mapped, Allocator]:

@@ -26,7 +26,7 @@ from tpool.errors import SharedMemoryExhausted
 from tpool.tensors.ageing import Ageing
 from tpool.tensors.arena import Allocator, Arena
 from tpool.tensors.entries import Block, Peer
-from tpool.tensors.lease_table import LeaseTable
+from tpool.tensors.lease_table import SMALL_PART, LeaseTable
 from tpool.tensors.prefault import PREFAULT_NBYTES, prefault
 
 __all__ = ["Block", "LeaseTable", "Memory", "Peer", "table"]
@@ -35,7 +35,8 @@ __all__ = ["Block", "LeaseTable", "Memory", "Peer", "table"]
 # sooner, longer costs less.
 _WAIT_SECONDS = 0.05
 
-# Blocks that are asked for together take no more than this: for a moment nobody else can have them.
+# Blocks that are asked for together take no more than this, and than a small part of the budget: for a moment nobody
+# else can have them.
 _SOME_NBYTES = 2 << 20
 
 
@@ -97,7 +98,9 @@ class Memory:
         Raises:
             SharedMemoryExhausted, PoolEndedError: see ``allocate``.
         """
-        count = min(count, _SOME_NBYTES // nbytes)
+        allocator = self._table.allocator(self.arena)
+        most_nbytes = 0 if allocator is None else min(_SOME_NBYTES, allocator.ledger.budget_nbytes // SMALL_PART)
+        count = min(count, most_nbytes // nbytes)
         blocks = self._table.allocate_young(self.arena, nbytes, count) if count > 1 else []
         return blocks or [self.allocate(nbytes)]
 

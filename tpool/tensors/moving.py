@@ -144,7 +144,8 @@ def _moving(storage: torch.UntypedStorage, nbytes: int) -> Any:
 
     Small ones have one for all. Large ones share a few, found by address, for all other senders would wait for their
     copies; one made for each, hung on the storage, took 1.2 of 25 us. All are reentrant, as a signal handler or a
-    finalizer may send the storage, too, and belong to the table, which is new in a forked child.
+    finalizer may send the storage, too, and belong to the table, which is new in a forked child. (A handler and a
+    finalizer that do so in two threads, each in the middle of a move, may wait for each other.)
     """
     table = leases.table()
     if nbytes <= SMALL_NBYTES:

@@ -226,20 +226,23 @@ class Outgoing:
         table, slabs, memory = leases.table(), self._slabs, self.memory
         blocks: list[Block] = []
         ahead: list[Block] = []
-        for storage, tensor in zip(storages, tensors, strict=True):
-            address = storage.data_ptr()
-            low, high = table.span  # now, as in move_small
-            if low <= address < high or storage.is_shared():
-                break
-            resizable = storage.resizable()
-            # User code may change the storage while memory is waited for; then it does not move.
-            ahead = ahead or memory.allocate_some(nbytes, len(storages) - len(blocks))
-            block = ahead.pop()
-            if not move_storage(storage, address, nbytes, slabs.storage(block, 0, nbytes), tensor):
-                break
-            if resizable:
-                self._parking.note(storage, nbytes)
-            blocks.append(block)
+        try:
+            for storage, tensor in zip(storages, tensors, strict=True):
+                address = storage.data_ptr()
+                low, high = table.span  # now, as in move_small
+                if low <= address < high or storage.is_shared():
+                    break
+                resizable = storage.resizable()
+                # User code may change the storage while memory is waited for; then it does not move.
+                ahead = ahead or memory.allocate_some(nbytes, len(storages) - len(blocks))
+                block = ahead.pop()
+                if not move_storage(storage, address, nbytes, slabs.storage(block, 0, nbytes), tensor):
+                    break
+                if resizable:
+                    self._parking.note(storage, nbytes)
+                blocks.append(block)
+        finally:
+            ahead.clear()  # the traceback of an interrupt would keep them
         first, moved = len(self.blocks), storages[: len(blocks)]
         indices += range(first, first + len(blocks))
         self.blocks += blocks
