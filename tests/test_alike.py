@@ -256,7 +256,7 @@ def while_memory_is_waited_for(monkeypatch: pytest.MonkeyPatch, act: Callable[[]
 
         return allocate_after
 
-    for name in ("allocate", "allocate_some"):
+    for name in ("allocate", "exchange_some"):
         monkeypatch.setattr(leases.Memory, name, after(getattr(leases.Memory, name)))
     return done
 

@@ -19,7 +19,7 @@ ROWS = [
     ["tpool.jobs", "tpool.slots"],
     ["tpool.killing"],
     ["tpool.scheduler"],
-    ["tpool.tensors.budget", "tpool.tensors.memfd", "tpool.tensors.forks"],
+    ["tpool.tensors.budget", "tpool.tensors.heap", "tpool.tensors.memfd", "tpool.tensors.forks"],
     ["tpool.tensors.extents", "tpool.tensors.ledger", "tpool.tensors.prefault"],
     ["tpool.tensors.arena"],
     ["tpool.tensors.entries"],

@@ -514,13 +514,13 @@ def free_lately(process: Process, nbytes: int, count: int) -> set[int]:
 
 def test_some_blocks_at_once(roomy: Process) -> None:
     memory = Memory(roomy.arena, lambda seconds: False, roomy.table)
-    (first,) = memory.allocate_some(150_000, 50)  # nothing was freed lately
+    (first,) = memory.exchange_some(150_000, 50)  # nothing was freed lately
     freed = free_lately(roomy, 150_000, 20)
-    some = memory.allocate_some(150_000, 10)
+    some = memory.exchange_some(150_000, 10)
     assert len(some) == 10
     assert {block.offset for block in some} < freed
     assert {block.nbytes for block in some} == {150_000}
-    assert len(memory.allocate_some(150_000, 50)) == 10, "there are no more"
+    assert len(memory.exchange_some(150_000, 50)) == 10, "there are no more"
     assert first.offset not in freed
 
 
@@ -528,10 +528,10 @@ def test_some_blocks_at_once_are_not_all_that_there_are(roomy: Process, one: Pro
     memory = Memory(roomy.arena, lambda seconds: False, roomy.table)
     for nbytes, most in ((150_000, 13), (MIB, 2), (3 * MIB, 1), (9000, 2 * MIB // 9000)):
         free_lately(roomy, nbytes, most + 1)
-        assert len(memory.allocate_some(nbytes, 400)) == most
+        assert len(memory.exchange_some(nbytes, 400)) == most
     free_lately(one, 9000, 50)
     small = Memory(one.arena, lambda seconds: False, one.table)
-    assert len(small.allocate_some(9000, 50)) == one.allocator.ledger.budget_nbytes // SMALL_PART // 9000
+    assert len(small.exchange_some(9000, 50)) == one.allocator.ledger.budget_nbytes // SMALL_PART // 9000
 
 
 def test_of_some_blocks_an_interrupt_leaves_none_in_use(one: Process, monkeypatch: pytest.MonkeyPatch) -> None:

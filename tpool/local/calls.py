@@ -168,6 +168,6 @@ class _AtOnce:
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
 
-    def allocate(self, nbytes: int) -> Block:
+    def exchange(self, nbytes: int) -> Block:
         """As of ``Memory``, but for the waiting."""
-        return self._memory.allocate(nbytes, at_once=True)
+        return self._memory.exchange(nbytes, at_once=True)

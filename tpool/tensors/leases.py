@@ -26,6 +26,7 @@ from tpool.errors import SharedMemoryExhausted
 from tpool.tensors.ageing import Ageing
 from tpool.tensors.arena import Allocator, Arena
 from tpool.tensors.entries import Block, Peer
+from tpool.tensors.heap import Heap
 from tpool.tensors.lease_table import SMALL_PART, LeaseTable
 from tpool.tensors.prefault import PREFAULT_NBYTES, prefault
 
@@ -53,7 +54,7 @@ class Memory:
         threads: how many CPUs may be kept busy to get new memory.
     """
 
-    __slots__ = ("_ageing", "_granted", "_table", "_threads", "_wait", "_waiters", "arena")
+    __slots__ = ("_ageing", "_granted", "_heap", "_table", "_threads", "_wait", "_waiters", "arena")
 
     def __init__(
         self,
@@ -70,6 +71,7 @@ class Memory:
         self._waiters: list[int] = []
         self._granted = False
         self._ageing = Ageing(self._table, arena)
+        self._heap = Heap()
 
     def allocate(self, nbytes: int, *, lazily: bool = False, at_once: bool = False) -> Block:
         """A block of ``nbytes`` (at least 1), waiting for memory if need be.
@@ -92,8 +94,16 @@ class Memory:
             prefault(self.arena.address + block.offset, nbytes, self._threads())
         return block
 
-    def allocate_some(self, nbytes: int, count: int) -> list[Block]:
-        """Blocks of one size: as many as are to be had cheaply, ``count`` at most; at least one, waiting if need be.
+    def exchange(self, nbytes: int, *, at_once: bool = False) -> Block:
+        """As ``allocate``, for a storage that leaves the heap: where new memory was needed, the heap gives some back."""
+        block = self.allocate(nbytes, at_once=at_once)
+        allocator = self._table.allocator(self.arena)
+        if allocator is not None:
+            self._heap.exchange(allocator.committed_nbytes, allocator.ledger.budget_nbytes // SMALL_PART)
+        return block
+
+    def exchange_some(self, nbytes: int, count: int) -> list[Block]:
+        """As ``exchange``, blocks of one size: as many as are to be had cheaply, ``count`` at most; at least one.
 
         Raises:
             SharedMemoryExhausted, PoolEndedError: see ``allocate``.
@@ -102,7 +112,7 @@ class Memory:
         most_nbytes = 0 if allocator is None else min(_SOME_NBYTES, allocator.ledger.budget_nbytes // SMALL_PART)
         count = min(count, most_nbytes // nbytes)
         blocks = self._table.allocate_young(self.arena, nbytes, count) if count > 1 else []
-        return blocks or [self.allocate(nbytes)]
+        return blocks or [self.exchange(nbytes)]
 
     def limit_wait(self, timeout: float | None) -> float | None:
         """For how long the one thread that serves others may wait; see ``Ageing.limit``."""

@@ -103,7 +103,7 @@ class Outgoing:
         # By the storage's address, which another may get once this one is gone: so all that were met are held.
         self._met: list[torch.UntypedStorage] = []
         self._places: dict[int, Place] = {}
-        self._slabs = Slabs(memory.allocate, self.blocks)
+        self._slabs = Slabs(memory.exchange if sharing == "share" else memory.allocate, self.blocks)
         self._regions: dict[int, list[tuple[int, int, Place]]] = {}  # storage -> (start, stop, place), disjoint
         self._whole: set[int] = set()  # storages whose views overlapped in an earlier try
         self._parking = ParkingLot()
@@ -234,7 +234,7 @@ class Outgoing:
                     break
                 resizable = storage.resizable()
                 # User code may change the storage while memory is waited for; then it does not move.
-                ahead = ahead or memory.allocate_some(nbytes, len(storages) - len(blocks))
+                ahead = ahead or memory.exchange_some(nbytes, len(storages) - len(blocks))
                 block = ahead.pop()
                 if not move_storage(storage, address, nbytes, slabs.storage(block, 0, nbytes), tensor):
                     break
