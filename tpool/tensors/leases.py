@@ -95,7 +95,7 @@ class Memory:
         return block
 
     def exchange(self, nbytes: int, *, at_once: bool = False) -> Block:
-        """As ``allocate``, for a storage that leaves the heap: where new memory was needed, the heap gives some back."""
+        """As ``allocate``, for a storage that leaves the heap, which gives some back where much new is taken."""
         block = self.allocate(nbytes, at_once=at_once)
         allocator = self._table.allocator(self.arena)
         if allocator is not None:
