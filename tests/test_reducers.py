@@ -137,7 +137,7 @@ def test_views_and_saved_tensors_follow(arena: Arena) -> None:
 @needs_swap
 def test_a_failed_allocation_leaves_the_tensor_as_it_was(memory: leases.Memory) -> None:
     class Exhausted:
-        def allocate(self, nbytes: int) -> Any:
+        def exchange(self, nbytes: int) -> Any:
             raise MemoryError
 
     tensor = torch.arange(10.0)
