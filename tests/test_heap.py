@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
 import pytest
+import torch
 from support import run_script
 
+from tpool.local.calls import Marks, _EarlyMoves
+from tpool.tensors import leases, torch_private
+from tpool.tensors.arena import Allocator, Arena, Ledger
 from tpool.tensors.heap import EXCHANGE_NBYTES, Heap
+from tpool.tensors.leases import Memory
+from tpool.tensors.pickler import Codec
 
+MIB = 1 << 20
 STEP = EXCHANGE_NBYTES
+
+needs_swap = pytest.mark.skipif(not torch_private.CAN_SWAP, reason="this torch cannot move a storage in place")
 
 
 class System:
-    """Takes memory back, in so many seconds each time."""
+    """Takes memory back, in so many seconds each time and so many more for each byte."""
 
     def __init__(self) -> None:
         self.seconds = 0.001
+        self.seconds_per_byte = 0.0
         self.times = 0
         self.now = 1000.0
+        self.free_nbytes = 0
 
     def take(self) -> None:
         self.times += 1
-        self.now += self.seconds
+        self.now += self.seconds + self.free_nbytes * self.seconds_per_byte
+        self.free_nbytes = 0
 
     def clock(self) -> float:
         return self.now
@@ -64,20 +79,89 @@ def test_an_arena_that_gave_memory_back_grows_again(heap: Heap, system: System) 
 
 def test_a_heap_that_takes_long_is_left_alone_for_longer(heap: Heap, system: System) -> None:
     """As one with many small holes does, each time anew."""
-    system.seconds = 0.1  # as much as the copy into 1 GB that is warm, a tenth of what new memory takes
+    system.seconds = 0.03
     heap.exchange(STEP, 0)
-    heap.exchange(STEP + (1 << 30) - 1, 0)
-    assert system.times == 1
+    heap.exchange(3 * STEP, 0)
+    assert system.times == 1, "17.5 ms were not due: 180 MB"
     system.seconds = 0.001
-    heap.exchange(STEP + (1 << 30), 0)
-    heap.exchange(2 * STEP + (1 << 30), 0)
+    heap.exchange(4 * STEP, 0)
+    heap.exchange(5 * STEP, 0)
     assert system.times == 3, "as before, now that it is fast"
+
+
+def test_a_heap_that_took_very_long_once_is_not_left_to_grow(heap: Heap, system: System) -> None:
+    """It may have given back what was freed before, or the machine was busy."""
+    system.seconds = 100.0
+    for steps in range(1, 82, 8):
+        heap.exchange(steps * STEP, 0)
+    assert system.times == 11
+
+
+@pytest.mark.parametrize(("gigabytes_per_second", "most_steps"), [(12, 1), (6, 1), (1, 9)])
+def test_memory_that_is_given_back_slowly_is_not_awaited_for_ever(
+    heap: Heap, system: System, gigabytes_per_second: int, most_steps: int
+) -> None:
+    """The more is free the longer it takes, and must not be left to become more for that."""
+    system.seconds_per_byte = 1 / (gigabytes_per_second << 30)
+    most_nbytes = 0
+    for committed_nbytes in range(0, 400 * STEP, STEP // 4):
+        system.free_nbytes += STEP // 4
+        most_nbytes = max(most_nbytes, system.free_nbytes)
+        heap.exchange(committed_nbytes, 0)
+    assert most_nbytes <= (most_steps + 1) * STEP
 
 
 def test_what_is_little_beside_what_the_pool_may_have_is_not_much(heap: Heap, system: System) -> None:
     for committed_nbytes in range(0, 12 * STEP + 1, STEP):
         heap.exchange(committed_nbytes, 5 * STEP)
     assert system.times == 2
+
+
+class Notes(Heap):
+    """What was told to it."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[int, int]] = []
+
+    def exchange(self, committed_nbytes: int, small_nbytes: int) -> None:
+        self.told.append((committed_nbytes, small_nbytes))
+
+
+@pytest.fixture
+def memory() -> Iterator[Memory]:
+    arena, ledger, table = Arena.create(64 * MIB), Ledger.create(1, 16 << 30), leases.table()
+    table.add(arena, Allocator(arena, ledger, 0))
+    memory = Memory(arena, lambda seconds: False)
+    memory._heap = Notes()
+    yield memory
+    table.remove(arena)
+    ledger.close()
+
+
+def told(memory: Memory) -> list[tuple[int, int]]:
+    assert isinstance(memory._heap, Notes)
+    return memory._heap.told
+
+
+@needs_swap
+@pytest.mark.parametrize(("numel", "committed_nbytes"), [(1, 4096), (5000, 20480), (MIB, 4 * MIB)])
+def test_the_heap_is_told_of_what_moves(memory: Memory, numel: int, committed_nbytes: int) -> None:
+    Codec(memory).dumps(torch.ones(numel))
+    Codec(memory).dumps([torch.ones(numel)])
+    assert told(memory)[0] == (committed_nbytes, 256 * MIB), "a 64th of the budget"
+    assert len(told(memory)) == 2
+
+
+@needs_swap
+def test_the_heap_is_told_of_results_that_move_early(memory: Memory) -> None:
+    assert _EarlyMoves(Codec(memory), Marks()).move(torch.ones(MIB))
+    assert told(memory) == [(4 * MIB, 256 * MIB)]
+
+
+def test_the_heap_is_not_told_of_copies(memory: Memory) -> None:
+    Codec(memory, sharing="copy").dumps([torch.ones(MIB)])
+    Codec(memory).dumps([np.ones(MIB)])
+    assert told(memory) == []
 
 
 LISTS = """

@@ -20,7 +20,7 @@ ROWS = [
     ["tpool.killing"],
     ["tpool.scheduler"],
     ["tpool.tensors.budget", "tpool.tensors.heap", "tpool.tensors.memfd", "tpool.tensors.forks"],
-    ["tpool.tensors.extents", "tpool.tensors.idle", "tpool.tensors.ledger", "tpool.tensors.prefault"],
+    ["tpool.tensors.extents", "tpool.tensors.ledger", "tpool.tensors.prefault"],
     ["tpool.tensors.arena"],
     ["tpool.tensors.entries"],
     ["tpool.tensors.block_table"],

@@ -24,7 +24,6 @@ import os
 from tpool.errors import PlatformError, ProtocolError
 from tpool.tensors.budget import default_budget_nbytes
 from tpool.tensors.extents import ALIGNMENT, LARGE_NBYTES, Extents, class_nbytes, whole_pages_nbytes
-from tpool.tensors.idle import Idle
 from tpool.tensors.ledger import Ledger
 from tpool.tensors.memfd import PAGE_NBYTES, Arena
 
@@ -33,9 +32,6 @@ __all__ = ["Allocator", "Arena", "Ledger", "default_budget_nbytes"]
 # A request for a large block may be served by a warm one that is up to one part in this many larger: wasted bytes
 # against new pages.
 _SLACK = 8
-
-# (start, end, kind) of free memory: the kind tells where it goes back to if its pages stay; None: it was a block.
-Part = tuple[int, int, Extents | None]
 
 
 class Allocator:
@@ -58,7 +54,6 @@ class Allocator:
         "_bump",
         "_bump_end",
         "_cold",
-        "_idle",
         "_sizes",
         "_warm",
         "_young",
@@ -79,7 +74,6 @@ class Allocator:
         # Offsets of free blocks by size, most recently freed last. Young: freed since the last trim of aged ones.
         self._young: dict[int, list[int]] = {}
         self._aged: dict[int, list[int]] = {}
-        self._idle = Idle()
         self._warm = Extents()
         self._cold = Extents()
         # The cold extent that new blocks are cut from, so that a burst of small ones lies together.
@@ -199,15 +193,13 @@ class Allocator:
         return False
 
     def free(self, offset: int) -> None:
-        """The block in use at ``offset`` is free again; it is the first to be reused. One long idle may go instead."""
+        """The block in use at ``offset`` is free again; it is the first to be reused."""
         size = self._sizes.pop(offset)
         self.used_nbytes -= size
         young = self._young.get(size)
         if young is None:
             young = self._young.setdefault(size, [])
         young.append(offset)
-        if size > LARGE_NBYTES and self._idle.too_long(size, young, self.committed_nbytes):
-            self._join([*self._take_cold(), *_take(young, 0, size)])
 
     # A new owner of an old arena ----------------------------------------------------------------------------------
 
@@ -296,18 +288,16 @@ class Allocator:
             blocks += _take_blocks(self._young)
         if not blocks and not self._warm.peek():
             return 0
-        warm: list[Part] = [(start, end, self._warm) for start, end in self._warm.take_all()]
-        return self._join([*self._take_cold(), *warm, *blocks])
-
-    def _take_cold(self) -> list[Part]:
-        parts: list[Part] = [(start, end, self._cold) for start, end in self._cold.take_all()]
+        # (start, end, kind): the kind tells where a part goes back to if its pages stay.
+        parts = [(start, end, self._cold) for start, end in self._cold.take_all()]
+        parts += [(start, end, self._warm) for start, end in self._warm.take_all()]
         first, limit = self._bump, self._bump_end
         self._bump = self._bump_end = 0
         if first < limit:
             parts.append((first, limit, self._cold))
-        return parts
+        return self._join([*parts, *blocks])
 
-    def _join(self, parts: list[Part]) -> int:
+    def _join(self, parts: list[tuple[int, int, Extents | None]]) -> int:
         """Make cold extents of all runs of neighbouring free parts that contain a whole page."""
         parts.sort(key=lambda part: part[0], reverse=True)
         before = self.committed_nbytes
@@ -321,7 +311,7 @@ class Allocator:
                 self._keep(run)
         return before - self.committed_nbytes
 
-    def _discard(self, run: list[Part]) -> bool:
+    def _discard(self, run: list[tuple[int, int, Extents | None]]) -> bool:
         """Discard the committed pages of a run: those not wholly inside one of its cold parts."""
         position, end = run[0][0], run[-1][1]
         gaps = []
@@ -338,7 +328,7 @@ class Allocator:
         self._commit(-sum(whole_pages_nbytes(start, stop) for start, stop in gaps))
         return True
 
-    def _keep(self, run: list[Part]) -> None:
+    def _keep(self, run: list[tuple[int, int, Extents | None]]) -> None:
         for start, end, extents in run:
             if extents is None:
                 self._aged.setdefault(end - start, []).append(start)
@@ -368,17 +358,11 @@ def _align(offset: int, size: int) -> int:
     return offset + mask & ~mask
 
 
-def _take_blocks(lists: dict[int, list[int]]) -> list[Part]:
-    taken: list[Part] = []
+def _take_blocks(lists: dict[int, list[int]]) -> list[tuple[int, int, Extents | None]]:
+    taken: list[tuple[int, int, Extents | None]] = []
     for size, offsets in list(lists.items()):
-        while some := _take(offsets, -1, size):
-            taken += some
+        with contextlib.suppress(IndexError):  # when there are no more
+            while True:
+                offset = offsets.pop()
+                taken.append((offset, offset + size, None))
     return taken
-
-
-def _take(offsets: list[int], index: int, size: int) -> list[Part]:
-    """One of these free blocks; none if there is none any more."""
-    with contextlib.suppress(IndexError):
-        offset = offsets.pop(index)
-        return [(offset, offset + size, None)]
-    return []
