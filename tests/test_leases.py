@@ -496,6 +496,32 @@ def test_memory_does_not_wait_for_more_than_the_budget(pair: Pair) -> None:
         Memory(pair.a.arena, wait, pair.a.table).allocate(17 * MIB)
 
 
+def test_who_interrupts_the_giving_back_of_memory_does_not_wait_for_it(
+    one: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal handler: its thread holds the table, without which nobody can tell that there is memory, or none."""
+
+    def wait(seconds: float) -> bool:
+        raise AssertionError("for ever")
+
+    memory = Memory(one.arena, wait, one.table)
+    discard, told = Arena.discard, []
+
+    def discard_and_interrupt(arena: Arena, offset: int, nbytes: int) -> None:
+        discard(arena, offset, nbytes)
+        with pytest.raises(SharedMemoryExhausted, match="signal handler or finalizer") as caught:
+            memory.allocate(12 * MIB)
+        told.append(caught.value)
+
+    free_lately(one, MIB, 4)
+    monkeypatch.setattr(Arena, "discard", discard_and_interrupt)
+    one.table.trim()
+    monkeypatch.undo()
+    assert told
+    assert not one.allocator.ledger.anyone_waiting()
+    assert memory.allocate(12 * MIB).nbytes == 12 * MIB
+
+
 @pytest.fixture
 def roomy() -> Iterator[Process]:
     """One with a larger budget, so that 2 MB are a small part of it."""

@@ -306,6 +306,11 @@ class BlockTable:
         return bool(self._dead or self._held_by_fork)
 
     @property
+    def busy_here(self) -> bool:
+        """Whether this very thread holds the table's lock: this is a signal handler or finalizer, in its midst."""
+        return self._lock._is_owned()  # type: ignore[attr-defined, no-any-return]
+
+    @property
     def has_blocks(self) -> bool:
         """Whether a block lives here, or did when somebody last looked. Takes no lock."""
         return bool(self._entries)

@@ -128,6 +128,11 @@ class Memory:
             return block
         if at_once:
             raise SharedMemoryExhausted(f"there are no {nbytes} bytes of shared memory now")
+        if self._table.busy_here:  # who waits is to be told by threads that want the table
+            raise SharedMemoryExhausted(
+                f"cannot have {nbytes} bytes of shared memory in a signal handler or finalizer that interrupts the"
+                " giving back of memory; send smaller tensors there, or none"
+            )
         allocator = self._table.allocator(self.arena)
         assert allocator is not None, "it did not raise PoolEndedError"
         self._waiters.append(nbytes)
