@@ -131,7 +131,7 @@ class Memory:
         if self._table.busy_here:  # who waits is to be told by threads that want the table
             raise SharedMemoryExhausted(
                 f"cannot have {nbytes} bytes of shared memory in a signal handler or finalizer that interrupts the"
-                " giving back of memory; send smaller tensors there, or none"
+                " bookkeeping of that memory; send smaller tensors there, or none"
             )
         allocator = self._table.allocator(self.arena)
         assert allocator is not None, "it did not raise PoolEndedError"
