@@ -192,7 +192,6 @@ if __name__ == "__main__":
         after = anonymous(worker)
         assert after < before + 100 * MIB, (after, before)
 
-        before = anonymous(os.getpid())
         more = make(64)
         assert pool.map(len, more) == [4 * MIB] * 64
         del more
