@@ -86,8 +86,9 @@ def test_a_thread_beside_the_main_one_is_told(pool, tmp_path):
 def test_a_worker_in_c_that_no_signal_brings_back(pool, tmp_path):
     result = pool.submit(tasks.lock_twice_in_c, str(tmp_path / "pid"))
     hung_pid(tmp_path / "pid")
-    page = wait_until(lambda: "in lock_twice_in_c" in (page := pool.report()) and page, DEADLINE)
-    assert "Main thread, in C code (most recent call first):" in page
+    in_c = "Main thread, in C code (most recent call first):"  # it tells its pid shortly before it is there
+    page = wait_until(lambda: in_c in (page := pool.report()) and page, DEADLINE)
+    assert "in lock_twice_in_c" in page
     result.cancel(kill=True)
 
 
