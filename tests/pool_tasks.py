@@ -166,6 +166,10 @@ def set_state(value):
     state = value
 
 
+def write_pid_to_directory(path):
+    (Path(path) / str(os.getpid())).touch()
+
+
 def get_state(_=None):
     return state
 

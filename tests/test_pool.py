@@ -418,6 +418,21 @@ def test_the_initializer(method):
 
 
 @seldom_spawned
+def test_each_worker_of_a_closed_pool_runs_its_initializer(method, tmp_path):
+    pool = tpool.Pool(3, tasks.write_pid_to_directory, (str(tmp_path),), context=method)
+    pool.close()
+    pool.join(DEADLINE)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_closed_pool_waits_for_no_worker_that_starts_for_nothing():
+    pool = tpool.Pool(1, context="spawn")  # which takes seconds to start
+    pool.close()
+    pool.join(DEADLINE)
+    assert "was killed by SIGKILL" in pool.report()
+
+
+@seldom_spawned
 def test_an_initializer_that_raises_ends_the_pool_with_its_error(method):
     with tpool.Pool(2, tasks.raise_if_not, (False,), context=method) as pool:
         result = pool.apply_async(tasks.double, (1,))

@@ -57,8 +57,10 @@ def brief(action: Any) -> tuple[Any, ...]:
 class World:
     """A scheduler with ``processes`` workers 0, 1, … and short names for what happens to it."""
 
-    def __init__(self, processes: int, max_tasks: int | None = None, ready: bool = True) -> None:
-        self.scheduler = Scheduler(processes, max_tasks)
+    def __init__(
+        self, processes: int, max_tasks: int | None = None, ready: bool = True, grace: float = START_GRACE_SECONDS
+    ) -> None:
+        self.scheduler = Scheduler(processes, max_tasks, grace)
         self.now = 100.0
         self.submitted: dict[int, int] = {}
         self.held: dict[int, list[Task]] = {}
@@ -926,6 +928,22 @@ class TestTheEnd:
         assert world.ready(0) == []
         assert world.say(InitializerFailed(WorkerId(0), "late")) == []
         assert world.exit(0) == [("EndPool", None)]
+
+    def test_close_without_initializers_waits_for_nobody_who_starts(self) -> None:
+        world = World(2, ready=False, grace=0.0)
+        world.ready(0)
+        assert world.say(PoolClosed()) == [("RetireWorker", 0), ("KillWorker", 1)]
+        assert world.scheduler.wake_at is None
+        assert world.ready(1) == []
+        assert world.exit(1) == []
+        assert world.exit(0) == [("EndPool", None)]
+
+    def test_close_lets_those_start_whom_work_waits_for(self) -> None:
+        world = World(1, ready=False, grace=0.0)
+        world.open(7, tasks=1, seal=True)
+        assert world.say(PoolClosed()) == []
+        assert world.ready(0) == [("SendTasks", 0, [(7, 0)])]
+        assert named(world.finish(0), "RetireWorker") == [("RetireWorker", 0)]
 
     def test_after_close_workers_are_replaced_only_while_there_is_work(self) -> None:
         world = World(1)

@@ -124,6 +124,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         processes=st.sampled_from([1, 2, 2, 3, 4]),
         max_tasks=st.sampled_from([None, None, None, None, 2, 40, 200]),
         not_ready=SELDOM,
+        grace=st.sampled_from([START_GRACE_SECONDS, 0.0]),
         peace=st.integers(0, 40),
         pace=st.sampled_from(PACES),
         span_size=st.sampled_from(SPAN_SIZES),
@@ -134,6 +135,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         processes: int,
         max_tasks: int | None,
         not_ready: bool,
+        grace: float,
         peace: int,
         pace: float,
         span_size: int,
@@ -146,7 +148,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.processes, self.max_tasks = processes, max_tasks
         self.kept = set(range(processes))  # slots that have a worker, or get the next one
         self.leaving: list[ModelWorker] = []  # of the other slots, in the order in which they were to leave
-        self.scheduler = Scheduler(processes, max_tasks)
+        self.grace = grace
+        self.scheduler = Scheduler(processes, max_tasks, grace)
         self.now = self.said_at = 0.0
         self.workers: dict[int, ModelWorker] = {}
         self.gone: list[ModelWorker] = []
@@ -325,7 +328,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def do_KillWorker(self, action: KillWorker) -> None:
         worker = self.workers[action.worker]
         assert worker.state != "killed", "killed twice"
-        late = self.over_since is not None and self.now >= self.over_since + START_GRACE_SECONDS
+        over_since = self.now if self.over_since is None and self.over() else self.over_since
+        late = over_since is not None and self.now >= over_since + self.grace
         if self.stopped is None and not (late and worker.state == "starting"):
             assert worker.held, "killed for no reason"
             if all(self.jobs[task.job].doomed for task in worker.held):
@@ -960,7 +964,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         overdue = min((worker.since + RECALL_SECONDS for worker in self.loaded()), default=None)
         due = min((worker.due for worker in self.workers.values() if self.timed(worker)), default=None)
         if self.over() and self.working("starting"):
-            assert self.scheduler.wake_at == self.over_since + START_GRACE_SECONDS
+            assert self.scheduler.wake_at == self.over_since + self.grace
         else:
             times = [time for time in (overdue if self.idle() else None, due) if time is not None]
             assert self.scheduler.wake_at == min(times, default=None)
@@ -971,7 +975,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler.wake_at is None or self.scheduler.wake_at > self.said_at, "a recall is overdue"
         # 7: the end comes when it can.
         if self.over():
-            mercy = self.stopped is None and self.said_at < self.over_since + START_GRACE_SECONDS
+            mercy = self.stopped is None and self.said_at < self.over_since + self.grace
             assert mercy or not self.working("starting"), "the end waits for an initializer"
             assert not self.idle(), "the end waits for a worker that was not told"
             assert not self.stopped or not self.working("ready", "asked", "settling", "retiring"), "not killed"

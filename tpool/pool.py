@@ -34,7 +34,7 @@ from tpool.opening import Opener
 from tpool.progress import tell_waiting
 from tpool.ray.spec import RayEngine
 from tpool.results import Callbacks, finish
-from tpool.scheduler import Scheduler
+from tpool.scheduler import START_GRACE_SECONDS, Scheduler
 from tpool.seeing import Seen
 from tpool.sizing import Sized
 from tpool.task import JobId
@@ -168,7 +168,8 @@ class Pool(StreamCalls, BatchCalls, Sized, Seen):
         )
         name = f"tpool-{next(_pool_numbers)}"
         self._callbacks = Callbacks(name)
-        scheduler = Scheduler(count, max_tasks)
+        grace = START_GRACE_SECONDS if initializer is not None or worker_exit is not None else 0.0
+        scheduler = Scheduler(count, max_tasks, grace)
         self._handler = Handler(self._engine, scheduler, self._callbacks, name)
         self._engine.tell_waiting = functools.partial(tell_waiting, self._handler.sinks)
         self._handler.names = {} if timeline else None

@@ -80,8 +80,8 @@ MAX_START_FAILURES = 3
 work takes longer to say so. Fewer: a worker killed by chance while it starts ends the pool."""
 
 START_GRACE_SECONDS = 10.0
-"""How long a closed pool without work waits for workers that are still starting. A program may count on its
-initializer having run in each worker, as in the standard library; one that hangs must not hold up the end for ever."""
+"""How long a closed pool without work waits for workers that still start: a program may count on its initializer
+having run in each, as in the standard library; one that hangs must not hold up the end for ever. 0 without one."""
 
 
 class Scheduler:
@@ -94,12 +94,13 @@ class Scheduler:
         processes: how many workers the pool has at first.
         max_tasks: how many calls a worker may run until it is replaced; None for any number. No task may weigh more or
             be a span.
+        grace: in seconds; see START_GRACE_SECONDS.
 
     Attributes:
         wake_at: when (as ``now`` counts) TimePassed should be said next; None while there is nothing to wait for.
     """
 
-    def __init__(self, processes: int, max_tasks: int | None = None) -> None:
+    def __init__(self, processes: int, max_tasks: int | None = None, grace: float = START_GRACE_SECONDS) -> None:
         self.wake_at: float | None = None
         self._dispatcher = Dispatcher(max_tasks)
         self._slots = Slots(processes, self._dispatcher)
@@ -112,7 +113,7 @@ class Scheduler:
         self._cause: Any = None
         self._error: Any = None
         self._ended = False
-        self._grace_ends: float | None = None  # known once the pool is over
+        self._grace, self._grace_ends = grace, float("inf")  # the latter is known once the pool is over
         self._awaits_start = False
         self._out: list[Action] = []
 
@@ -347,12 +348,10 @@ class Scheduler:
         for worker in list(self._dispatcher.idle):
             self._dispatcher.retire(worker)
         now = self._dispatcher.now
-        self._grace_ends = now + START_GRACE_SECONDS if self._grace_ends is None else self._grace_ends
+        self._grace_ends = min(self._grace_ends, now + self._grace)
         starting = [worker for worker in self._workers.values() if worker.state is WorkerState.STARTING]
-        if now < self._grace_ends:
-            self._awaits_start = bool(starting)
-        else:
-            self._awaits_start = False
+        self._awaits_start = bool(starting) and now < self._grace_ends
+        if not self._awaits_start:
             for worker in starting:
                 self._killer.kill(worker)
         if not self._workers and not self._ended:
