@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import ClassVar
 
 import pytest
 
@@ -103,6 +104,54 @@ def test_a_pool_takes_part_in_what_it_can_run():
     assert takes_part("dataloader", loader, CASES["tensor-4KB-result"])
     assert not takes_part("dataloader", loader, CASES["tensor-4KB-argument"])
     assert not takes_part("dataloader", {"skipped": "not there"}, CASES["tensor-4KB-result"])
+
+
+class _Rounds:
+    """A fleet of one pool that only counts its rounds, and a machine whose shared memory grows with them."""
+
+    pools: ClassVar = {"tpool": {"features": ["arguments"], "cases": ["*"]}}
+    pid = 0
+
+    def __init__(self, held):
+        self.held = held  # bytes, after each round
+        self.done = []
+
+    def driver(self, name):
+        return self
+
+    def open(self, name, workers):
+        pass
+
+    close = restart = forget = lambda *_: None
+
+    def ask(self, op, seconds, sample, **what):
+        self.done.append("warm-up" if what["warm_up"] else "counted")
+        return {"values": {}}
+
+    def shared_nbytes(self):
+        return self.held[min(len(self.done), len(self.held)) - 1]
+
+
+def _rounds(monkeypatch, case, held, **options):
+    fleet = _Rounds(held)
+    monkeypatch.setattr(runner.proc, "shared_nbytes", fleet.shared_nbytes)
+    ran = runner.CaseRun(CASES[case], Options([CASES[case]], ["tpool"], rounds=2, **options), fleet, math.inf).run()
+    assert ran["pools"]["tpool"]["status"] == "ok"
+    return fleet.done
+
+
+def test_what_moves_memory_is_warmed_up_until_the_pool_takes_no_more(monkeypatch):
+    grows = [128 << 20, 144 << 20, 144 << 20, 160 << 20]
+    assert _rounds(monkeypatch, "tensor-1MB-both", grows) == ["warm-up"] * 7 + ["counted"] * 2
+    assert _rounds(monkeypatch, "tensor-1MB-both", grows, quick=True) == ["warm-up"] + ["counted"] * 2
+    assert _rounds(monkeypatch, "noop-map", grows) == ["warm-up"] + ["counted"] * 2
+
+
+def test_a_pool_that_takes_more_each_time_is_not_warmed_up_for_ever(monkeypatch):
+    monkeypatch.setattr(runner, "_WARM_UP_SECONDS", 0.05)
+    done = _rounds(monkeypatch, "tensor-1MB-both", [count << 30 for count in range(1_000_000)])
+    assert done.count("warm-up") > 3
+    assert done[-3:] == ["warm-up", "counted", "counted"]
 
 
 def _results(**pools):
