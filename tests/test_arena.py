@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 from collections.abc import Iterator
 from typing import SupportsIndex
@@ -8,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from interrupting import AlarmError, interrupt
 
 from tpool.errors import PlatformError, ProtocolError
 from tpool.tensors.arena import Allocator, Arena, Ledger
@@ -89,8 +92,8 @@ def test_extents_find_a_range_beyond_many_that_are_a_little_too_small() -> None:
     assert extents.take(3 * PAGE) is None
     assert extents.take_containing(50 * PAGE + 1, 51 * PAGE) == (50 * PAGE, 52 * PAGE)
     assert extents.take_containing(50 * PAGE + 1, 51 * PAGE) is None
-    assert len(extents.peek()) == len(extents.take_all()) == 198
-    assert extents.take_all() == []
+    assert len(extents.peek()) == len(list(extents.take_all())) == 198
+    assert list(extents.take_all()) == []
 
 
 # Blocks -----------------------------------------------------------------------------------------------------------
@@ -320,6 +323,76 @@ def test_a_signal_handler_that_takes_the_last_free_blocks(allocator: Allocator) 
     for offset in offsets[2:]:
         allocator.free(offset)
     allocator._young[size] += offsets[:2]
+
+
+def fill_with_all_kinds(arena: Arena, ledger: Ledger) -> Allocator:
+    """Blocks in use, young and aged ones, warm and cold extents, and a bump extent."""
+    former = Allocator(arena, ledger, 0)
+    for offset in [take(former, MIB) for _ in range(4)]:
+        touch(former, offset, MIB)
+    allocator = Allocator(arena, ledger, 0)
+    allocator.reserve(MIB, MIB)
+    allocator.adopt()
+    offsets = [take(allocator, nbytes) for nbytes in (100, 5000, 70_000, 100, 5000, 70_000, 3 * MIB)]
+    for offset in offsets[::2]:
+        allocator.free(offset)
+    allocator.trim(aged_only=True)
+    allocator.free(offsets[1])
+    allocator.check()
+    return allocator
+
+
+def lost_ranges(allocator: Allocator) -> list[tuple[int, int]]:
+    """Those that are neither free nor in use."""
+    spans = [*allocator._cold.peek(), *allocator._warm.peek(), (allocator._bump, allocator._bump_end)]
+    for lists in (allocator._young, allocator._aged):
+        spans += [(offset, offset + size) for size, offsets in lists.items() for offset in offsets]
+    spans += [(offset, offset + size) for offset, size in allocator._sizes.items()]
+    lost, end = [], 0
+    for start, stop in sorted(span for span in spans if span[0] < span[1]):
+        assert start >= end, "given twice"
+        if start > end:
+            lost.append((end, start))
+        end = stop
+    return lost if end == allocator.arena.nbytes else [*lost, (end, allocator.arena.nbytes)]
+
+
+def test_a_trim_that_is_interrupted_as_it_gives_memory_back_loses_nothing(ledger, monkeypatch) -> None:
+    discard = Arena.discard
+    for moment in range(100):
+        left = moment
+
+        def interrupted(self: Arena, start: int, nbytes: int) -> None:
+            nonlocal left
+            discard(self, start, nbytes)
+            left -= 1
+            if left < 0:
+                raise AlarmError
+
+        arena = Arena.create(256 * MIB)
+        allocator = fill_with_all_kinds(arena, ledger)
+        with monkeypatch.context() as patch, contextlib.suppress(AlarmError):
+            patch.setattr(Arena, "discard", interrupted)
+            allocator.trim()
+        for _ in range(2):
+            allocator.check()
+            allocator.trim()
+        arena.close()
+        if left >= 0:
+            break
+    assert moment > 2
+
+
+def test_a_trim_that_is_interrupted_anywhere_gives_nothing_twice_and_loses_one_range_at_most(ledger) -> None:
+    for moment in itertools.count(1):
+        arena = Arena.create(256 * MIB)
+        allocator = fill_with_all_kinds(arena, ledger)
+        place = interrupt(allocator.trim, moment)
+        assert len(lost_ranges(allocator)) <= 1, place
+        arena.close()
+        if place is None:
+            break
+    assert moment > 50
 
 
 # Anything, in any order -------------------------------------------------------------------------------------------

@@ -18,12 +18,11 @@ lose bytes, never give them out twice.
 
 from __future__ import annotations
 
-import contextlib
 import os
 
 from tpool.errors import PlatformError, ProtocolError
 from tpool.tensors.budget import default_budget_nbytes
-from tpool.tensors.extents import ALIGNMENT, LARGE_NBYTES, Extents, class_nbytes, whole_pages_nbytes
+from tpool.tensors.extents import ALIGNMENT, LARGE_NBYTES, Extents, class_nbytes, popped, whole_pages_nbytes
 from tpool.tensors.ledger import Ledger
 from tpool.tensors.memfd import PAGE_NBYTES, Arena
 
@@ -32,6 +31,9 @@ __all__ = ["Allocator", "Arena", "Ledger", "default_budget_nbytes"]
 # A request for a large block may be served by a warm one that is up to one part in this many larger: wasted bytes
 # against new pages.
 _SLACK = 8
+
+# (start, end, where it goes back to if its pages stay; None for a free block)
+_Part = tuple[int, int, Extents | None]
 
 
 class Allocator:
@@ -229,7 +231,7 @@ class Allocator:
 
     def adopt(self) -> None:
         """After all reserves: find the pages that the earlier owner left warm, and correct the ledger."""
-        extents = self._cold.take_all()
+        extents = list(self._cold.take_all())
         extents.append((self._bump, self._bump_end))
         self._bump = self._bump_end = 0
         found = [(start, end, self._find_warm(start, end)) for start, end in sorted(extents, reverse=True)]
@@ -281,38 +283,41 @@ class Allocator:
         Returns:
             The bytes given back to the ledger.
         """
-        blocks = _take_blocks(self._aged)
-        if aged_only:
-            self._aged, self._young = self._young, self._aged
-        else:
-            blocks += _take_blocks(self._young)
-        if not blocks and not self._warm.peek():
-            return 0
-        # (start, end, kind): the kind tells where a part goes back to if its pages stay.
-        parts = [(start, end, self._cold) for start, end in self._cold.take_all()]
-        parts += [(start, end, self._warm) for start, end in self._warm.take_all()]
-        first, limit = self._bump, self._bump_end
-        self._bump = self._bump_end = 0
-        if first < limit:
-            parts.append((first, limit, self._cold))
-        return self._join([*parts, *blocks])
-
-    def _join(self, parts: list[tuple[int, int, Extents | None]]) -> int:
-        """Make cold extents of all runs of neighbouring free parts that contain a whole page."""
-        parts.sort(key=lambda part: part[0], reverse=True)
         before = self.committed_nbytes
-        while parts:
-            run = [parts.pop()]
-            while parts and parts[-1][0] == run[-1][1]:
-                run.append(parts.pop())
-            if whole_pages_nbytes(run[0][0], run[-1][1]) and self._discard(run):
-                self._cold.put(run[0][0], run[-1][1])
+        parts: list[_Part] = []
+        try:
+            _take_blocks(self._aged, parts)
+            if aged_only:
+                self._aged, self._young = self._young, self._aged
             else:
-                self._keep(run)
+                _take_blocks(self._young, parts)
+            if parts or self._warm.peek():
+                parts.extend((start, end, self._cold) for start, end in self._cold.take_all())
+                parts.extend((start, end, self._warm) for start, end in self._warm.take_all())
+                first, limit = self._bump, self._bump_end
+                self._bump = self._bump_end = 0
+                parts.append((first, limit, self._cold))
+                self._join(parts)
+        finally:  # interrupted
+            self._keep(parts)
         return before - self.committed_nbytes
 
-    def _discard(self, run: list[tuple[int, int, Extents | None]]) -> bool:
-        """Discard the committed pages of a run: those not wholly inside one of its cold parts."""
+    def _join(self, parts: list[_Part]) -> None:
+        """Make cold extents of all runs of neighbouring free parts that contain a whole page; takes them out."""
+        parts.sort(key=lambda part: part[:2], reverse=True)
+        while parts:
+            run = [parts.pop()]
+            try:
+                while parts and parts[-1][0] == run[-1][1]:
+                    run.append(parts.pop())
+                if whole_pages_nbytes(run[0][0], run[-1][1]) and (nbytes := self._discard(run)) is not None:
+                    run = [(run[0][0], run[-1][1], self._cold)]  # first: better too many count than too few
+                    self._commit(-nbytes)
+            finally:
+                self._keep(run)
+
+    def _discard(self, run: list[_Part]) -> int | None:
+        """Discard the committed pages of a run: those not wholly inside one of its cold parts; how many bytes."""
         position, end = run[0][0], run[-1][1]
         gaps = []
         for part in run:
@@ -324,12 +329,13 @@ class Allocator:
             for start, stop in gaps:
                 self.arena.discard(start, stop - start)
         except PlatformError:  # some sandboxes cannot: then the memory stays warm, and ours
-            return False
-        self._commit(-sum(whole_pages_nbytes(start, stop) for start, stop in gaps))
-        return True
+            return None
+        return sum(whole_pages_nbytes(start, stop) for start, stop in gaps)
 
-    def _keep(self, run: list[tuple[int, int, Extents | None]]) -> None:
-        for start, end, extents in run:
+    def _keep(self, parts: list[_Part]) -> None:
+        """Put parts back to where they came from; takes them out."""
+        while parts:
+            start, end, extents = parts.pop()
             if extents is None:
                 self._aged.setdefault(end - start, []).append(start)
             else:
@@ -358,11 +364,6 @@ def _align(offset: int, size: int) -> int:
     return offset + mask & ~mask
 
 
-def _take_blocks(lists: dict[int, list[int]]) -> list[tuple[int, int, Extents | None]]:
-    taken: list[tuple[int, int, Extents | None]] = []
+def _take_blocks(lists: dict[int, list[int]], parts: list[_Part]) -> None:
     for size, offsets in list(lists.items()):
-        with contextlib.suppress(IndexError):  # when there are no more
-            while True:
-                offset = offsets.pop()
-                taken.append((offset, offset + size, None))
-    return taken
+        parts.extend((offset, offset + size, None) for offset in popped(offsets))

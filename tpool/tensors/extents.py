@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import islice
+from typing import TypeVar
 
 from tpool.tensors.memfd import PAGE_NBYTES
 
-__all__ = ["ALIGNMENT", "LARGE_NBYTES", "Extents", "class_nbytes", "whole_pages_nbytes"]
+__all__ = ["ALIGNMENT", "LARGE_NBYTES", "Extents", "class_nbytes", "popped", "whole_pages_nbytes"]
 
 # A cache line, and what torch's vectorised kernels like best.
 ALIGNMENT = 64
@@ -14,6 +16,8 @@ ALIGNMENT = 64
 # From here on classes are finer: 12.5 % would be a lot of bytes, and a budget may be just large enough. Below it
 # coarser classes mean more reuse.
 LARGE_NBYTES = 1 << 20
+
+_T = TypeVar("_T")
 
 _ALIGNMENT_SHIFT = ALIGNMENT.bit_length() - 1
 _PAGE_SHIFT = PAGE_NBYTES.bit_length() - 1
@@ -86,17 +90,24 @@ class Extents:
                     return extent
         return None
 
-    def take_all(self) -> list[tuple[int, int]]:
-        """Take out every range."""
-        taken = []
+    def take_all(self) -> Iterator[tuple[int, int]]:
+        """Take out every range, one after the other, as they are asked for."""
         for bucket in self._buckets:
-            while bucket:
-                taken.append(bucket.pop())
-        return taken
+            yield from popped(bucket)
 
     def peek(self) -> list[tuple[int, int]]:
         """A copy of every range, in no order."""
         return [extent for bucket in self._buckets for extent in bucket]
+
+
+def popped(items: list[_T]) -> Iterator[_T]:
+    """Take out every item, the last one first."""
+    while True:
+        try:
+            item = items.pop()
+        except IndexError:  # not looked for before: a signal handler, or user code in a collection, may come between
+            return
+        yield item
 
 
 def _remove(bucket: list[tuple[int, int]], extent: tuple[int, int]) -> bool:
