@@ -153,12 +153,13 @@ class LocalEngine(Encoder):
         self._poller.flush(member)
 
     def _kill(self, member: Member) -> list[Event]:
+        if not member.ready:
+            member.story = "was stopped while it started"
         if member.pidfd is not None:
             member.kill()
             return []
         # It has no process yet, and a zygote that hangs may never make one. A process that comes late finds nobody.
         events: list[Event] = []
-        member.story = "was stopped while it started"
         member.ended = member.reaped = True
         self._finish_if_gone(member, events)
         return events

@@ -76,7 +76,7 @@ class Member(Orders):
         self.token: tuple[int, int] | None = None  # it has retired, but for CUDA memory; see lingering
         self._codec = memory.codec
         self._unsettled = 0
-        self._ready = False
+        self.ready = False
         self._left = False
         self._reason = ""  # why it leaves by itself
         self._doomed = False  # to be killed as soon as it has a process
@@ -89,7 +89,7 @@ class Member(Orders):
     @property
     def may_finish(self) -> bool:
         """Whether it starts up or runs a task, and does not wait for memory: it may give some back soon."""
-        return not self.ended and not self.starving and (not self._ready or self.held > 0)
+        return not self.ended and not self.starving and (not self.ready or self.held > 0)
 
     def recall(self) -> int:
         """Take back what it has not started; returns how many tasks that are."""
@@ -219,7 +219,7 @@ class Member(Orders):
             if self._unsettled == 0:
                 events.append(RecallSettled(self.id))
         elif kind == Kind.READY:
-            self._ready = True
+            self.ready = True
             self._record.note_ready()
             logger.info("%s is ready, pid %s", self, self.pid)
             events.append(WorkerBecameReady(self.id))
@@ -295,7 +295,7 @@ class Member(Orders):
     def leave(self) -> WorkerLoss:
         """Its slot gets another worker; returns what to say of this one."""
         self._let_go()
-        loss = WorkerLoss(str(self), self.pid, self.exitcode, self._ready, self.story or self._reason)
+        loss = WorkerLoss(str(self), self.pid, self.exitcode, self.ready, self.story or self._reason)
         if not self._left:
             self._left = True
             self._record.note_end(loss)

@@ -187,12 +187,18 @@ class Allocator:
         never both.
         """
         self.committed_nbytes += nbytes
-        self.ledger.set_committed(self.index, self.committed_nbytes)
+        self._tell_ledger()
         if nbytes <= 0 or beyond_budget or self.ledger.committed_nbytes() <= self.ledger.budget_nbytes:
             return True
         self.committed_nbytes -= nbytes
-        self.ledger.set_committed(self.index, self.committed_nbytes)
+        self._tell_ledger()
         return False
+
+    def _tell_ledger(self) -> None:
+        told = -1
+        while told != self.committed_nbytes:  # again, if somebody came in between and told it a newer number
+            told = self.committed_nbytes
+            self.ledger.set_committed(self.index, told)
 
     def free(self, offset: int) -> None:
         """The block in use at ``offset`` is free again; it is the first to be reused."""
@@ -238,7 +244,7 @@ class Allocator:
         self.committed_nbytes += sum(last - first for _, _, ranges in found for first, last in ranges)
         for start, end, ranges in found:
             self._adopt_extent(start, end, ranges)
-        self.ledger.set_committed(self.index, self.committed_nbytes)
+        self._tell_ledger()
         self.ledger.set_waiting(self.index, False)
 
     def _find_warm(self, start: int, end: int) -> list[tuple[int, int]]:
@@ -285,6 +291,7 @@ class Allocator:
         """
         before = self.committed_nbytes
         parts: list[_Part] = []
+        done: list[_Part] = []
         try:
             _take_blocks(self._aged, parts)
             if aged_only:
@@ -297,13 +304,17 @@ class Allocator:
                 first, limit = self._bump, self._bump_end
                 self._bump = self._bump_end = 0
                 parts.append((first, limit, self._cold))
-                self._join(parts)
+                self._join(parts, done)
         finally:  # interrupted
+            self._keep(done)
             self._keep(parts)
         return before - self.committed_nbytes
 
-    def _join(self, parts: list[_Part]) -> None:
-        """Make cold extents of all runs of neighbouring free parts that contain a whole page; takes them out."""
+    def _join(self, parts: list[_Part], done: list[_Part]) -> None:
+        """Make cold extents of all runs of neighbouring free parts that contain a whole page.
+
+        Every part is in one of the two lists, or was put back, whenever this is interrupted.
+        """
         parts.sort(key=lambda part: part[:2], reverse=True)
         while parts:
             run = [parts.pop()]
@@ -314,7 +325,8 @@ class Allocator:
                     run = [(run[0][0], run[-1][1], self._cold)]  # first: better too many count than too few
                     self._commit(-nbytes)
             finally:
-                self._keep(run)
+                done.extend(run)
+            self._keep(done)
 
     def _discard(self, run: list[_Part]) -> int | None:
         """Discard the committed pages of a run: those not wholly inside one of its cold parts; how many bytes."""
@@ -365,5 +377,5 @@ def _align(offset: int, size: int) -> int:
 
 
 def _take_blocks(lists: dict[int, list[int]], parts: list[_Part]) -> None:
-    for size, offsets in list(lists.items()):
-        parts.extend((offset, offset + size, None) for offset in popped(offsets))
+    for size in list(lists):  # not items(): making tuples may start a collection, in which user code adds a size
+        parts.extend((offset, offset + size, None) for offset in popped(lists[size]))
