@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from support import run_script
 
 from tpool.local.calls import Marks, _EarlyMoves
+from tpool.tensors import heap as heap_module
 from tpool.tensors import leases, torch_private
 from tpool.tensors.arena import Allocator, Arena, Ledger
 from tpool.tensors.heap import EXCHANGE_NBYTES, Heap
@@ -117,10 +119,42 @@ def test_what_is_little_beside_what_the_pool_may_have_is_not_much(heap: Heap, sy
     assert system.times == 2
 
 
+def test_pieces_are_seen_to_after_many_large_storages() -> None:
+    filled: list[int] = []
+    sizes = [4 * MIB] * 9 + [MIB - 1] * 100
+    heap = Heap(fill=lambda: filled.append(len(sizes)))
+    while sizes:
+        heap.leave(sizes.pop(0))
+    assert filled == [105, 101]  # the fourth and the eighth
+
+
+def test_pieces_come_and_go() -> None:
+    before = _allocated_nbytes()
+    for _ in range(1000):
+        heap_module._fill()
+    assert _allocated_nbytes() < before + 100_000  # the pieces of one time take 3,264
+
+
+def _allocated_nbytes() -> int:
+    """What malloc has given out in its first heap, and its threads' caches hold; 0 where it does not tell."""
+    tell = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if tell is None:
+        return 0
+    tell.restype = _Mallinfo2
+    return int(tell().uordblks)
+
+
+class _Mallinfo2(ctypes.Structure):
+    """See mallinfo(3)."""
+
+    _fields_ = (("before", ctypes.c_size_t * 7), ("uordblks", ctypes.c_size_t), ("after", ctypes.c_size_t * 2))
+
+
 class Notes(Heap):
     """What was told to it."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.told: list[tuple[int, int]] = []
 
     def exchange(self, committed_nbytes: int, small_nbytes: int) -> None:
@@ -206,3 +240,36 @@ def test_the_heap_of_a_caller_and_of_a_worker_shrinks_as_their_tensors_move():
     # As in a program that has freed a few large tensors: nothing has a mapping of its own.
     large = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
     run_script(LISTS, 120, large).expect_success()
+
+
+STREAM = """
+import torch, tpool
+
+NBYTES = 8 << 20
+
+def invert(batch):
+    return ~batch
+
+def anonymous():
+    with open("/proc/self/smaps_rollup") as rollup:
+        return next(1024 * int(line.split()[1]) for line in rollup if line.startswith("Anonymous:"))
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with tpool.Pool(2) as pool:
+        pool.map(abs, range(8), 1)
+        base = torch.zeros(NBYTES, dtype=torch.uint8)
+        before, most = anonymous(), 0
+        for number, batch in enumerate(pool.imap(invert, (base.clone() for _ in range(300)))):
+            assert batch[-1] == 255
+            if number % 10 == 0:
+                most = max(most, anonymous())
+    places = (most - before) / NBYTES
+    assert places < 6, places
+"""
+
+
+@needs_swap
+def test_a_stream_takes_few_places_in_the_heap() -> None:
+    """Of which two are in use at a time; 3 to 4 were seen, where the pieces beside them are not seen to 7 to 12."""
+    run_script(STREAM, 60).expect_success()

@@ -97,6 +97,7 @@ class Memory:
     def exchange(self, nbytes: int, *, at_once: bool = False) -> Block:
         """As ``allocate``, for a storage that leaves the heap, which gives some back where much new is taken."""
         block = self.allocate(nbytes, at_once=at_once)
+        self._heap.leave(nbytes)
         allocator = self._table.allocator(self.arena)
         if allocator is not None:
             self._heap.exchange(allocator.committed_nbytes, allocator.ledger.budget_nbytes // SMALL_PART)
