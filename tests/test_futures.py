@@ -487,3 +487,76 @@ def test_callbacks_are_made_though_the_first_start_of_their_thread_was_interrupt
     assert called.wait(DEADLINE)
     callbacks.end()
     assert callbacks.join(DEADLINE)
+
+
+# The thread that brings results -----------------------------------------------------------------------------------
+
+
+WAITS = {
+    "apply": lambda pool: pool.apply(tasks.identity, (1,)),
+    "apply with a time limit": lambda pool: pool.apply(tasks.identity, (1,), timeout=DEADLINE),
+    "map": lambda pool: pool.map(tasks.identity, [1]),
+    "starmap": lambda pool: pool.starmap(pow, [(2, 3)]),
+    "get": lambda pool: pool.apply_async(tasks.identity, (1,)).get(),
+    "wait": lambda pool: pool.apply_async(tasks.identity, (1,)).wait(),
+    "exception": lambda pool: pool.submit(tasks.identity, 1).exception(),
+    "imap": lambda pool: next(pool.imap(tasks.identity, [1])),
+    "imap_unordered": lambda pool: list(pool.imap_unordered(tasks.identity, [1])),
+    "map_batches": lambda pool: pool.map_batches(torch.neg, torch.ones(4), batch_size=2),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_who_would_wait_in_the_thread_that_brings_the_result_is_told(pool, name):
+    # A finalizer runs in any thread in which the collector finds it; there it would wait for itself.
+    error = in_handler(pool, lambda: WAITS[name](pool))
+    assert isinstance(error, RuntimeError), repr(error)
+    assert "in the thread that brings its result" in str(error)
+    assert pool.apply(tasks.identity, (2,)) == 2
+
+
+def test_what_does_not_wait_for_ever_is_allowed_in_the_thread_that_brings_results(pool):
+    submitted = []
+
+    def use() -> None:
+        submitted.append(pool.apply_async(tasks.identity, (1,)))
+        with pytest.raises(multiprocessing.TimeoutError):
+            submitted[0].get(0.01)
+        with pytest.raises(multiprocessing.TimeoutError):
+            pool.imap(tasks.identity, [1]).next(0.01)
+        assert done.get() == "there"
+        assert list(empty) == []
+
+    done, empty = pool.apply_async(tasks.identity, ("there",)), pool.imap(tasks.identity, [])
+    done.wait(DEADLINE)
+    with pytest.raises(StopIteration):
+        empty.next(DEADLINE)
+    assert in_handler(pool, use) is None
+    assert submitted[0].get(DEADLINE) == 1
+
+
+def test_a_finalizer_there_that_finds_no_memory_is_told():
+    with tpool.Pool(1, memory=8 << 20) as pool:
+        pool.apply(tasks.identity, (1,))
+        held = pool.empty(7 << 18)
+        error = in_handler(pool, lambda: pool.submit(tasks.identity, torch.ones(1 << 19)).result(DEADLINE))
+        assert isinstance(error, tpool.SharedMemoryExhausted)
+        del held
+        assert pool.apply(torch.sum, (torch.ones(1 << 19),)) == 1 << 19
+
+
+def in_handler(pool, call) -> BaseException | None:
+    """What a call raises in the pool's handler thread, as a finalizer that the collector runs there would see it."""
+    errors = []
+    over = threading.Event()
+
+    def run(dropped: bool) -> None:
+        try:
+            call()
+        except BaseException as error:
+            errors.append(error)
+        over.set()
+
+    pool._handler.cancel_job(0, False, run)
+    assert over.wait(DEADLINE), "it hangs"
+    return errors[0] if errors else None

@@ -27,7 +27,7 @@ from tpool.errors import TaskCancelledError, TpoolError, TransportError
 from tpool.loops import Bell
 from tpool.results import Callbacks, Failure, Results, SharedFailure, decode
 from tpool.task import JobId
-from tpool.waiting import Monitor
+from tpool.waiting import Monitor, check_may_wait
 
 T = TypeVar("T")
 
@@ -57,6 +57,8 @@ class AsyncResult(Future[T]):
 
     # The job of this result, once it was submitted; written by the caller's thread before it has the result.
     _job: JobId | None = None
+    # The thread that brings the outcome; likewise.
+    _server: threading.Thread | None = None
     # What to call, in the handler's thread, when it is done; ours, for loops that await it. Guarded by the condition.
     _hooks: list[Callable[[], None]] | None = None
 
@@ -113,7 +115,11 @@ class AsyncResult(Future[T]):
         return not self._failed
 
     def wait(self, timeout: float | None = None) -> None:
-        """Wait until the call has finished, or ``timeout`` seconds have passed."""
+        """Wait until the call has finished, or ``timeout`` seconds have passed.
+
+        Raises:
+            RuntimeError: without a timeout, in the thread that brings the result (a finalizer may run there).
+        """
         self._wait(timeout)
 
     def get(self, timeout: float | None = None) -> T:
@@ -241,6 +247,8 @@ class AsyncResult(Future[T]):
         """Wait until it is done; returns whether it is."""
         if self._state in _DONE:
             return True
+        if timeout is None:
+            check_may_wait(self._server, self.story)
         # In the callback thread, which runs nothing else meanwhile, our own callbacks would be waited for for ever.
         in_callback = self._has_callbacks and self._callbacks.is_current()
         return self._condition.wait_for(lambda: self._state in _DONE or (in_callback and self._complete), timeout)

@@ -77,6 +77,9 @@ class Handler:
         callbacks: told when no more results will come.
         name: of the pool, for threads and messages.
 
+    Attributes:
+        thread: runs all this.
+
     Shared data: ``_inbox`` and ``sinks`` are written by callers and read here, each in single atomic steps.
     """
 
@@ -120,7 +123,7 @@ class Handler:
             EndPool: self._end,
         }
         # Daemonic, so that a program that ends without closing its pool ends.
-        self._thread = threading.Thread(target=self._run, name=f"{name}-handler", daemon=True)
+        self.thread = threading.Thread(target=self._run, name=f"{name}-handler", daemon=True)
 
     # Any thread -----------------------------------------------------------------------------------------------------
 
@@ -130,7 +133,7 @@ class Handler:
         A fork inherits the state of the moment the pool is made, so it must not happen later.
         """
         atexit.register(self._at_exit)
-        self._thread.start()
+        self.thread.start()
         self._begun.wait()
 
     def open_job(
@@ -180,7 +183,7 @@ class Handler:
             Whether the answer can be waited for. A finalizer may call this in the very thread that would give it.
         """
         self.post(JobCancelled(job, kill, asker))
-        return threading.current_thread() is not self._thread
+        return threading.current_thread() is not self.thread
 
     def has_started(self, job: JobId) -> bool:
         """Whether a worker holds a task of this job."""
@@ -194,7 +197,7 @@ class Handler:
 
     def join(self, timeout: float | None) -> bool:
         """Wait for the end; returns whether it came."""
-        if threading.current_thread() is self._thread:
+        if threading.current_thread() is self.thread:
             return False
         return self._ended.wait(timeout)
 

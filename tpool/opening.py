@@ -26,6 +26,7 @@ from tpool.messages import JobCancelled, JobSealed, JobWithdrawn
 from tpool.results import Failure, Sink
 from tpool.streams import IMapIterator, Stream
 from tpool.task import JobId, Task
+from tpool.waiting import check_may_wait
 
 # As in the standard library: enough chunks that the last ones even out, few enough that each is worth a message.
 CHUNKS_PER_WORKER = 4
@@ -85,12 +86,17 @@ class Opener:
         return self._engine.encode_call(_guarded(func, limits), args, dict(kwds))
 
     def call_directly(self, payload: Encoded, story: str) -> Result | None:
-        """Make a call now if a worker is to be had for it; see ``direct.py``."""
+        """Make a call now if a worker is to be had for it; see ``direct.py``.
+
+        Raises:
+            RuntimeError: in the handler's thread, which nobody may keep waiting.
+        """
+        check_may_wait(self._handler.thread, story)
         return call_directly(self._engine, self._handler, payload, story)
 
     def open_encoded(self, result: AsyncResult[Any], payload: Encoded, limits: Limits) -> None:
         """Make a job of one call that was encoded."""
-        job = result._job = self._handler.new_job(result.story)
+        job = self._open_result(result)
         try:
             with self._gate.lock:
                 self._gate.check_running()
@@ -117,7 +123,7 @@ class Opener:
             result.expect(1)
             result.finish()
             return
-        job = result._job = self._handler.new_job(result.story)
+        job = self._open_result(result)
         try:
             self._open(job, result, Mode.MAP, function, 1, limits)
             self._submit_chunks(job, result, items, size)
@@ -173,6 +179,7 @@ class Opener:
         gate = self._gate
         nbytes = self._stream_nbytes if buffer_nbytes is None else min(self._stream_nbytes, buffer_nbytes)
         job = self._handler.new_job(stream.story)
+        stream.server = self._handler.thread
         packs = self._engine.packs_items and limits.rules is None and self._max_tasks is None
         feeder = Feeder(self._handler, job, stream, iterable, lambda: gate.processes, packs)
         try:
@@ -182,6 +189,12 @@ class Opener:
         except BaseException:
             feeder.give_up()
             raise
+
+    def _open_result(self, result: AsyncResult[Any]) -> JobId:
+        """A job for this result."""
+        result._server = self._handler.thread
+        job = result._job = self._handler.new_job(result.story)
+        return job
 
     def _open(self, job: JobId, sink: Sink, mode: Mode, function: Any, batch: int, limits: Limits) -> None:
         with self._gate.lock:

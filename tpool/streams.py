@@ -16,7 +16,7 @@ from tpool.engine import Result
 from tpool.loops import Bell
 from tpool.results import Failure, Results, SharedFailure
 from tpool.values import PLAIN, ValueResult, Values
-from tpool.waiting import Monitor
+from tpool.waiting import Monitor, check_may_wait
 
 T = TypeVar("T")
 
@@ -39,6 +39,7 @@ class Stream:
 
     def __init__(self, story: str, ordered: bool, weigh: bool = False) -> None:
         self.story = story
+        self.server: threading.Thread | None = None  # brings the outcomes; set before anybody has the iterator
         self.result_nbytes: float | None = None if weigh else 0.0  # the mean of a result; None before the first
         self._weigh = weigh
         self._weighed = 0
@@ -73,8 +74,9 @@ class Stream:
         Raises:
             StopIteration: there are no more.
             multiprocessing.TimeoutError: none came in time.
+            RuntimeError: without a timeout, in the thread that brings the outcomes.
         """
-        result = self._pop()
+        result = self._pop() or self._last()
         if result is None:
             result = self._wait(timeout)
         self.count()
@@ -133,6 +135,8 @@ class Stream:
         return ValueResult(item, self.seconds) if type(item) in PLAIN else item
 
     def _wait(self, timeout: float | None) -> Result:
+        if timeout is None:
+            check_may_wait(self.server, self.story)
         token = object()
         try:
             self._waiting[token] = None
