@@ -91,8 +91,8 @@ def put_into(out: Tensors | None, value: Any, dim: int, start: int, stop: int) -
             f"the function returned a tensor of shape {tuple(value.shape)} for items {start} to {stop}; its place in"
             f" the output is of shape {tuple(place.shape)}"
         )
-    with torch.no_grad():
-        place.copy_(value)
+    # Not under torch.no_grad, which may stay in force where Ctrl-C comes as it begins or ends.
+    place.detach().copy_(value.detach())
 
 
 def _detached(value: Any) -> Any:

@@ -15,6 +15,7 @@ nothing is dropped that may yet be asked for.
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -83,6 +84,14 @@ def held_object(id: int) -> NoReturn:
     raise TransportError(f"object {id} is known only to the pool that it was put into")
 
 
+class _Watch(weakref.ref[HeldObject]):
+    """Appends itself to a deque when the object is gone: by a method of C, which no signal handler can interrupt."""
+
+    __slots__ = ("id",)
+
+    id: int
+
+
 class Holder:
     """The objects put into one pool. Any thread may call.
 
@@ -91,28 +100,32 @@ class Holder:
         wake: has the handler look at ``dropped``; takes no lock.
 
     Attributes:
-        dropped: numbers of objects that nobody can ask for any more; appended to by finalizers, in any thread.
+        dropped: of objects that nobody can ask for any more; appended to as these die, in any thread.
     """
 
     def __init__(self, memory: object, wake: Callable[[], None]) -> None:
-        self.dropped: list[int] = []
+        self.dropped: deque[_Watch] = deque()
         self._memory = memory
         self._wake = wake
+        self._watches: dict[int, _Watch] = {}  # by number; a weak reference that is gone tells nothing
 
     def hold(self, payload: Payload) -> HeldObject:
         """Take an object in."""
         held = HeldObject(payload, self._memory)
-        weakref.finalize(held, self._drop, held.id).atexit = False
+        # Called after the watch, as it was made before. Where a signal handler raises in it, the handler's thread
+        # hears of the drop when it next looks by itself.
+        weakref.finalize(held, self._wake).atexit = False
+        watch = _Watch(held, self.dropped.append)
+        watch.id = held.id
+        self._watches[held.id] = watch
         return held
-
-    def _drop(self, id: int) -> None:
-        self.dropped.append(id)
-        self._wake()
 
     def take_dropped(self) -> list[int]:
         """What is to be told to the workers, once."""
-        taken = self.dropped[:]
-        del self.dropped[: len(taken)]  # what a finalizer has added meanwhile stays
+        taken: list[int] = []
+        while self.dropped:
+            taken.append(self.dropped.popleft().id)
+            self._watches.pop(taken[-1], None)
         return taken
 
 

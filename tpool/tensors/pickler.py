@@ -371,6 +371,8 @@ class _GroupPickler:
         del self._message.chunks[chunks:]
         del self._message.buffers[buffers:]
         memo = self._pickler.memo.copy()
+        if id(header) not in memo:
+            return  # it was interrupted before anything was written
         first = memo[id(header)][0]  # a list is memoized before what is in it, so this was the unit's first
         self._undone.extend(entry for entry in memo.values() if entry[0] >= first)
         self._pickler.memo = {key: entry for key, entry in memo.items() if entry[0] < first}
