@@ -13,8 +13,13 @@ class AlarmError(Exception):
     """What the signal handler raises."""
 
 
-def interrupt(operation: Callable[[], object], moment: int) -> str | None:
-    """Run this and raise when it has come so far; returns where that was, None if it ended before.
+def alarm() -> None:
+    """A signal handler that raises."""
+    raise AlarmError
+
+
+def interrupt(operation: Callable[[], object], moment: int, handler: Callable[[], object] = alarm) -> str | None:
+    """Run this and call the signal handler when it has come so far; returns where that was, None if it ended before.
 
     Signals are handled where a function of Python begins, where one of C has returned and at the end of a loop; a
     profile function is told of the first two, in this thread only, and may raise.
@@ -30,7 +35,7 @@ def interrupt(operation: Callable[[], object], moment: int) -> str | None:
         if seen == moment:
             sys.setprofile(None)
             place = f"moment {moment}, {event} in {frame.f_code.co_name}, line {frame.f_lineno}"
-            raise AlarmError
+            handler()
 
     sys.setprofile(profile)
     try:

@@ -403,10 +403,50 @@ def test_a_trim_that_is_interrupted_anywhere_gives_nothing_twice_and_loses_one_r
         for start, end in lost:
             joined = start in [first for first, _ in free] and end in [last for _, last in free]
             assert (start, end) in free or (discards and joined), place
+        used = allocator.used_nbytes
+        allocator.reclaim(lambda offset: True)
+        allocator.check()
+        assert allocator.used_nbytes == used
         arena.close()
         if place is None:
             break
     assert moment > 50
+
+
+def test_what_an_interrupt_lost_anywhere_is_found_where_it_lay(ledger) -> None:
+    kinds: dict[bool, int] = {True: 0, False: 0}
+    for moment in itertools.count(1):
+        arena = Arena.create(16 * MIB)
+        allocator = fill_with_all_kinds(arena, ledger)
+        lives = set(allocator._sizes)
+
+        def use(allocator: Allocator = allocator) -> None:
+            offsets = [take(allocator, nbytes) for nbytes in (100, 5000, 70_000, 3 * MIB, 5 * MIB)]
+            for offset in offsets:
+                touch(allocator, offset, 100)
+            allocator.free(offsets.pop())
+            offsets += allocator.allocate_young(5 * MIB, 2)
+            for offset in offsets:
+                allocator.free(offset)
+
+        place = interrupt(use, moment)
+        before = lost_ranges(allocator)
+        resident = resident_nbytes(arena)
+        allocator.reclaim(lives.__contains__)
+        allocator.check()
+        assert set(allocator._sizes) == lives, place
+        assert resident_nbytes(arena) == resident, "found as it was"
+        assert allocator.committed_nbytes >= resident, place
+        for start, end in before:
+            kinds[bool(arena.find_pages(start, end))] += 1
+        allocator.trim()
+        allocator.check()
+        assert resident_nbytes(arena) <= MIB + 70_000 + 2 * PAGE, place
+        arena.close()
+        if place is None:
+            break
+    assert kinds[True] > 2
+    assert kinds[False] > 2
 
 
 def refuse(arena: Arena, start: int, nbytes: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from tpool.local import hunger
@@ -31,12 +33,14 @@ class Worker:
 class Pool:
     """A pool's handler, which looks whenever the test says so."""
 
-    def __init__(self, monkeypatch):
+    def __init__(self, monkeypatch, callers):
+        self.callers = callers
         self.now = 1000.0
         monkeypatch.setattr(hunger, "monotonic", lambda: self.now)
         self.hunger = Hunger(lambda: None)
         self.workers = []
         self.flushed = []
+        self.reclaims = 0
         self.consumable = self.awaited = False
 
     def may_give_back(self):
@@ -52,19 +56,27 @@ class Pool:
     def look(self, seconds=0.0):
         self.now += seconds
         starving = {worker: None for worker in self.workers if worker.starving}
-        return self.hunger.check(self.workers, starving, self, self.flushed.append)
+        return self.hunger.check(self.workers, starving, self, self.flushed.append, self.reclaimed)
+
+    def reclaimed(self):
+        self.reclaims += 1
+
+    def wait(self):
+        """In a thread of the caller's."""
+        return self.callers.submit(self.hunger.wait, 0).result()
 
     def verdict(self, seconds=0.0):
         """What a caller's thread hears that has waited all the time."""
         self.now += seconds
-        assert self.hunger.wait(0)
+        assert self.wait()
         assert self.look()
-        return not self.hunger.wait(0)
+        return not self.wait()
 
 
 @pytest.fixture
 def pool(monkeypatch):
-    return Pool(monkeypatch)
+    with ThreadPoolExecutor(1) as callers:
+        yield Pool(monkeypatch, callers)
 
 
 def test_nobody_waits(pool):
@@ -87,6 +99,7 @@ def test_all_workers_are_asked_and_their_answers_awaited(pool):
     pool.look(HOPELESS_SECONDS * 0.2)
     assert starving.told == ["trim", "hopeless"]
     assert idle.told == ["trim"]
+    assert pool.reclaims == 1, "once, and not at every look"
 
 
 def test_a_caller_is_told_after_the_answers(pool):
@@ -160,3 +173,12 @@ def test_a_consumer_that_may_drop_results_is_hope_for_workers_only(pool):
     assert worker.told == []
     assert not pool.verdict()
     assert worker.told == ["trim"]
+
+
+def test_a_finalizer_in_the_handlers_thread_does_not_wait_for_what_only_that_brings(pool):
+    worker = pool.add()
+    assert not pool.look()
+    pool.hunger.set_patience(lambda: True)
+    assert not pool.hunger.wait(0)
+    assert not pool.look(), "nobody waits"
+    assert worker.told == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -10,10 +11,13 @@ from collections.abc import Callable
 
 import pool_tasks as tasks
 import pytest
+import torch
 from interrupting import AlarmError, interrupt
-from support import wait_until
+from support import run_script, wait_until
 
 import tpool
+from tpool.tensors.arena import Allocator
+from tpool.tensors.leases import table
 from tpool.waiting import Flag, Monitor, uninterrupted
 
 DEADLINE = 30
@@ -67,6 +71,100 @@ def test_an_interrupt_at_any_moment_of_its_end_leaves_a_pool_that_ends():
         pool.join(DEADLINE)
         moment += 1
     assert moment > 20
+
+
+# Its memory --------------------------------------------------------------------------------------------------------
+
+
+def rows(count: int = 4) -> list[torch.Tensor]:
+    return [torch.full((5000,), float(number)) for number in range(count)]
+
+
+def put_and_drop(pool: tpool.Pool) -> None:
+    reference = pool.put(torch.ones(5000))
+    pool.apply(tasks.first, (reference,))
+
+
+WITH_TENSORS = {
+    "map": lambda pool: pool.map(tasks.identity, rows()),
+    "apply": lambda pool: pool.apply(tasks.identity, (rows(1)[0],)),
+    "imap": lambda pool: list(pool.imap(tasks.identity, rows())),
+    "small": lambda pool: pool.map(tasks.identity, [torch.ones(100) for _ in range(40)], chunksize=20),
+    "put": put_and_drop,
+    "map_batches": lambda pool: pool.map_batches(torch.neg, torch.ones(9000), batch_size=4000),
+    "empty": lambda pool: pool.map(tasks.identity, [pool.empty(5000), pool.zeros(9000)]),
+    "a function of a script": lambda pool: pool.apply(script_function(), (1,)),
+}
+
+
+def script_function() -> Callable[[int], int]:
+    weights = torch.ones(5000)
+
+    def function(x: int) -> int:
+        return x + int(weights[0])
+
+    return function
+
+
+@pytest.mark.parametrize("name", WITH_TENSORS)
+def test_memory_that_an_interrupt_took_is_all_free_afterwards(name):
+    mode = torch.is_grad_enabled()
+    with tpool.Pool(2) as pool:
+        memory = pool._engine._memory.codec.memory
+        allocator = table().allocator(memory.arena)
+        pool.map(tasks.identity, rows())
+        moment, place = 1, "the beginning"
+        while place is not None:
+            place = interrupt(lambda: WITH_TENSORS[name](pool), moment)
+            assert torch.is_grad_enabled() is mode, place
+            moment += 5  # one in five of a thousand or two
+        assert moment > 200
+        assert pool.apply_async(tasks.identity, (moment,)).get(DEADLINE) == moment
+        wait_until(lambda: is_all_free(pool, allocator), DEADLINE, "blocks in use that are nobody's")
+
+
+def test_an_interrupt_at_any_moment_of_sending_a_function_of_a_script_is_what_its_caller_sees():
+    script = """
+        from interrupting import interrupt
+        import tpool
+
+        def make(number):
+            class Scale:
+                factor = number
+
+            def helper(x):
+                return x * Scale.factor
+
+            def function(x):
+                return helper(x) + other(x)
+
+            return function
+
+        def other(x):
+            return x + 1
+
+        def press():
+            raise KeyboardInterrupt
+
+        with tpool.Pool(1) as pool:
+            moment, place = 1, "the beginning"
+            while place is not None:
+                try:
+                    place = interrupt(lambda: pool._engine.encode(make(moment)), moment, press)
+                except KeyboardInterrupt:
+                    pass
+                moment += 1
+            assert moment > 500, moment
+            assert pool.apply(make(3), (2,)) == 9
+    """
+    run_script(script, DEADLINE).expect_success()
+
+
+def is_all_free(pool: tpool.Pool, allocator: Allocator) -> bool:
+    # Workers tell what they gave back when they go idle, or with their next answer.
+    pool.starmap(gc.collect, [()] * 4, chunksize=1)
+    table().collect_garbage()
+    return allocator.blocks_in_use == 0
 
 
 # The parts ---------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ ROWS = [
     ["tpool.tensors.arena"],
     ["tpool.tensors.entries"],
     ["tpool.tensors.block_table"],
+    ["tpool.tensors.housekeeping"],
     ["tpool.tensors.lease_table"],
     ["tpool.tensors.ageing"],
     ["tpool.tensors.leases"],

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
+from lease_pair import Pair, Process
 from support import wait_until
 
 from tpool.errors import PoolEndedError, ProtocolError, SharedMemoryExhausted
@@ -24,62 +25,12 @@ MIB = 1 << 20
 PAGE = PAGE_NBYTES
 
 
-class Process:
-    """A process of a pool: a table, and an arena of its own; ``other`` is the one process that it knows."""
-
-    def __init__(self, ledger: Ledger, index: int) -> None:
-        self.table = LeaseTable()
-        self.arena = Arena.create(64 * MIB)
-        self.allocator = Allocator(self.arena, ledger, index)
-        self.table.add(self.arena, self.allocator)
-        self.other = Peer("the other")
-        self.mapped = [self.arena]
-
-    def map(self, arena: Arena) -> None:
-        self.mapped.append(Arena.attach(os.dup(arena.fd), arena.id))
-        self.table.add(self.mapped[-1])
-
-    def allocate(self, nbytes: int) -> Block:
-        block = self.table.allocate(self.arena, nbytes)
-        assert block is not None
-        return block
-
-    def close(self) -> None:
-        for arena in self.mapped:
-            arena.close()
-
-
-class Pair:
-    """Two processes that map each other's arenas."""
-
-    def __init__(self) -> None:
-        self.ledger = Ledger.create(3, 16 * MIB)
-        self.a, self.b = Process(self.ledger, 0), Process(self.ledger, 1)
-        self.a.map(self.b.arena)
-        self.b.map(self.a.arena)
-
-    def send(self, block: Block, sender: Process, receiver: Process) -> Block:
-        sender.table.lend([block], sender.other)
-        return receiver.table.receive(block.arena.id, block.offset, block.nbytes, receiver.other)
-
-    def give_backs(self, sender: Process, receiver: Process) -> list[tuple[int, int, int]]:
-        triples = sender.table.take_give_backs(sender.other)
-        receiver.table.given_back(receiver.other, triples)
-        return triples
-
-    def check(self) -> None:
-        self.a.table.check()
-        self.b.table.check()
-
-
 @pytest.fixture
 def pair() -> Iterator[Pair]:
     pair = Pair()
     yield pair
     pair.check()
-    pair.a.close()
-    pair.b.close()
-    pair.ledger.close()
+    pair.close()
 
 
 @pytest.fixture

@@ -204,7 +204,8 @@ class LocalEngine(Encoder):
             if not ready:
                 self._tidy_up()
         if not ready and timeout != 0:
-            self._hungry = self._hunger.check(self._members.values(), self._crew.starving, self, self._poller.flush)
+            members, starving, reclaim = self._members.values(), self._crew.starving, self._memory.table.reclaim
+            self._hungry = self._hunger.check(members, starving, self, self._poller.flush, reclaim)
             if self._hungry:
                 timeout = STARVING_SECONDS if timeout is None else min(timeout, STARVING_SECONDS)
             if self._unreaped:

@@ -57,6 +57,7 @@ class Hunger:
         self._verdict_at = -RECENT_SECONDS  # when it was found that there is no hope; taken by one who waits
         self._asked_at: float | None = None  # when all workers were asked for what they can spare
         self._hopeless_since: float | None = None
+        self._server: int | None = None  # the handler's thread, once it has looked
 
     def set_patience(self, patient: Callable[[], bool] | None) -> None:
         """What tells whether this thread may wait for the consumer of results too; None: it may not."""
@@ -66,8 +67,10 @@ class Hunger:
         """In a thread that encodes: wait until some memory may have come back; see ``tensors.leases.Memory``.
 
         Returns:
-            False when none can come back.
+            False when none can come back; or for this thread, as it is the handler's: here a finalizer encodes.
         """
+        if threading.get_ident() == self._server:
+            return False
         ask: Callable[[], bool] | None = getattr(self._patience, "value", None)
         patient = ask is not None and ask()
         if patient:
@@ -99,6 +102,7 @@ class Hunger:
         starving: dict[Member, None],
         consumers: Consumers,
         flush: Callable[[Member], None],
+        reclaim: Callable[[], None],
     ) -> bool:
         """Before the handler blocks: give up on somebody where there is no hope.
 
@@ -107,10 +111,12 @@ class Hunger:
             starving: those that wait.
             consumers: of results.
             flush: writes to a worker what waits to be written.
+            reclaim: finds what interrupts have left behind in this process.
 
         Returns:
             Whether anybody waits, so that the handler should look again soon.
         """
+        self._server = threading.get_ident()
         impatient, patient = self._waits(self._impatient_at), self._waits(self._patient_at)
         if not (starving or impatient or patient):
             self._take_heart()
@@ -123,6 +129,7 @@ class Hunger:
             # One that sleeps keeps its free memory until it is asked, and what is in its garbage.
             if not any(member.lent for member in members):
                 self._asked_at = monotonic()
+                reclaim()
                 for member in members:
                     if not member.trimming:
                         member.put_trim()

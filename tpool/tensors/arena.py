@@ -18,11 +18,11 @@ lose bytes, never give them out twice.
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 
 from tpool.errors import PlatformError, ProtocolError
 from tpool.tensors.budget import default_budget_nbytes
-from tpool.tensors.extents import ALIGNMENT, LARGE_NBYTES, Extents, class_nbytes, popped, whole_pages_nbytes
+from tpool.tensors.extents import LARGE_NBYTES, Extents, align, class_nbytes, popped, whole_pages_nbytes
 from tpool.tensors.ledger import Ledger
 from tpool.tensors.memfd import PAGE_NBYTES, Arena
 
@@ -57,6 +57,7 @@ class Allocator:
         "_bump_end",
         "_cold",
         "_sizes",
+        "_turn",
         "_warm",
         "_young",
         "arena",
@@ -72,6 +73,7 @@ class Allocator:
         self.index = index
         self.used_nbytes = 0
         self.committed_nbytes = 0
+        self._turn = 0  # counts the calls that change anything; who looks at all of it sees whether one came between
         self._sizes: dict[int, int] = {}  # offset of each block in use: its size
         # Offsets of free blocks by size, most recently freed last. Young: freed since the last trim of aged ones.
         self._young: dict[int, list[int]] = {}
@@ -97,6 +99,7 @@ class Allocator:
         Returns:
             None when the arena is full or the budget spent, even after discarding all that is free here.
         """
+        self._turn += 1
         size = class_nbytes(nbytes)
         young = self._young.get(size)
         if young:
@@ -108,6 +111,7 @@ class Allocator:
 
     def allocate_young(self, nbytes: int, count: int) -> list[int]:
         """The offsets of as many blocks of ``nbytes`` each as were freed lately, ``count`` at most."""
+        self._turn += 1
         size = class_nbytes(nbytes)
         young = self._young.get(size, [])
         taken: list[int] = []
@@ -147,7 +151,7 @@ class Allocator:
         extent = self._warm.take(size)
         if extent is None:
             return None
-        start = _align(extent[0], size)
+        start = align(extent[0], size)
         self._warm.put(extent[0], start)
         self._warm.put(start + size, extent[1])
         return start, size
@@ -156,7 +160,7 @@ class Allocator:
         """Cut a block from the bump extent, or from another cold extent, which becomes the bump extent."""
         while True:
             first, limit = self._bump, self._bump_end
-            start = _align(first, size)
+            start = align(first, size)
             if start + size > limit:
                 extent = self._cold.take(size)
                 if extent is None:
@@ -202,6 +206,7 @@ class Allocator:
 
     def free(self, offset: int) -> None:
         """The block in use at ``offset`` is free again; it is the first to be reused."""
+        self._turn += 1
         size = self._sizes.pop(offset)
         self.used_nbytes -= size
         young = self._young.get(size)
@@ -219,7 +224,7 @@ class Allocator:
         """
         size = class_nbytes(nbytes) if nbytes > 0 else 0
         end = offset + size
-        if not size or offset < 0 or end > self.arena.nbytes or _align(offset, size) != offset:
+        if not size or offset < 0 or end > self.arena.nbytes or align(offset, size) != offset:
             raise ProtocolError(f"no block of {nbytes} bytes at {offset} can live in an arena of {self.arena.nbytes}")
         if not self._bump <= offset <= end <= self._bump_end:
             extent = self._cold.take_containing(offset, end)
@@ -240,26 +245,12 @@ class Allocator:
         extents = list(self._cold.take_all())
         extents.append((self._bump, self._bump_end))
         self._bump = self._bump_end = 0
-        found = [(start, end, self._find_warm(start, end)) for start, end in sorted(extents, reverse=True)]
+        found = [(start, end, self.arena.find_pages(start, end)) for start, end in sorted(extents, reverse=True)]
         self.committed_nbytes += sum(last - first for _, _, ranges in found for first, last in ranges)
         for start, end, ranges in found:
             self._adopt_extent(start, end, ranges)
         self._tell_ledger()
         self.ledger.set_waiting(self.index, False)
-
-    def _find_warm(self, start: int, end: int) -> list[tuple[int, int]]:
-        """Where the file has pages between two offsets."""
-        ranges: list[tuple[int, int]] = []
-        position, end = -(-start // PAGE_NBYTES) * PAGE_NBYTES, end // PAGE_NBYTES * PAGE_NBYTES
-        while position < end:
-            try:
-                first = os.lseek(self.arena.fd, position, os.SEEK_DATA)
-                position = min(os.lseek(self.arena.fd, first, os.SEEK_HOLE), end)
-            except OSError:  # ENXIO: no data from here on; EINVAL: this system cannot tell, so nothing is warm
-                break
-            if first < end:
-                ranges.append((first, position))
-        return ranges
 
     def _adopt_extent(self, start: int, end: int, ranges: list[tuple[int, int]]) -> None:
         """Split a free extent into the warm ranges, each for a block of the size class it came from, and the rest."""
@@ -289,6 +280,7 @@ class Allocator:
         Returns:
             The bytes given back to the ledger.
         """
+        self._turn += 1
         before = self.committed_nbytes
         parts: list[_Part] = []
         done: list[_Part] = []
@@ -353,27 +345,54 @@ class Allocator:
             else:
                 extents.put(start, end)
 
+    # What an interrupt left ---------------------------------------------------------------------------------------
+
+    def reclaim(self, lives: Callable[[int], bool]) -> None:
+        """Find what an interrupt left in no place, or in use though nobody has it; not in the midst of another call.
+
+        Args:
+            lives: whether somebody has the block in use that begins at this offset.
+        """
+        turn = self._turn
+        orphans = [offset for offset in list(self._sizes) if not lives(offset)]
+        places = self._places()
+        ends, starts = [0, *(stop for _, stop in places)], [*(start for start, _ in places), self.arena.nbytes]
+        gaps = [(end, start) for end, start in zip(ends, starts) if end < start]
+        used = sum(list(self._sizes.values()))
+        if turn != self._turn:
+            return  # user code came between, in a collection or a signal handler: another time
+        self.used_nbytes = used  # no call since the comparison
+        # What was found is nobody's, so nobody can come between; what an interrupt leaves of it is found again.
+        for offset in orphans:
+            self.free(offset)
+        for start, stop in gaps:
+            self._adopt_extent(start, stop, self.arena.find_pages(start, stop))
+        turn, uncommitted = self._turn, self._uncommitted_nbytes()
+        if turn == self._turn:
+            self.committed_nbytes = self.arena.nbytes - uncommitted
+        self._tell_ledger()
+
+    def _uncommitted_nbytes(self) -> int:
+        return sum(whole_pages_nbytes(start, end) for start, end in [*self._cold.peek(), (self._bump, self._bump_end)])
+
+    def _places(self) -> list[tuple[int, int]]:
+        """Every range that is somewhere, in order."""
+        ranges = [*self._cold.peek(), (self._bump, self._bump_end), *self._warm.peek()]
+        for lists in (self._young, self._aged):
+            ranges += [(offset, offset + size) for size in list(lists) for offset in list(lists[size])]
+        ranges += [(offset, offset + self._sizes.get(offset, 0)) for offset in list(self._sizes)]
+        return sorted(part for part in ranges if part[0] < part[1])
+
     def check(self) -> None:
         """Assert the invariants; for tests."""
-        cold = [*self._cold.peek(), (self._bump, self._bump_end)]
-        free = [
-            (offset, offset + size) for lists in (self._young, self._aged) for size in lists for offset in lists[size]
-        ]
-        used = [(offset, offset + size) for offset, size in self._sizes.items()]
         end = 0
-        for start, stop in sorted(part for part in [*cold, *self._warm.peek(), *free, *used] if part[0] < part[1]):
+        for start, stop in self._places():
             assert start == end, f"bytes {end} to {start} are lost or given twice"
             end = stop
         assert end == self.arena.nbytes
-        uncommitted = sum(whole_pages_nbytes(start, stop) for start, stop in cold)
-        assert self.committed_nbytes == self.arena.nbytes - uncommitted
+        assert self.committed_nbytes == self.arena.nbytes - self._uncommitted_nbytes()
         assert self.used_nbytes == sum(self._sizes.values())
         assert self.ledger.committed_nbytes(self.index) == self.committed_nbytes
-
-
-def _align(offset: int, size: int) -> int:
-    mask = (ALIGNMENT if size < PAGE_NBYTES else PAGE_NBYTES) - 1
-    return offset + mask & ~mask
 
 
 def _take_blocks(lists: dict[int, list[int]], parts: list[_Part]) -> None:

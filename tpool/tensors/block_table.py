@@ -8,12 +8,11 @@ collection, a signal handler); each change of a shared variable is therefore one
 
 from __future__ import annotations
 
-import gc
 import threading
 import weakref
 from bisect import bisect_right, insort
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from tpool.errors import PoolEndedError, ProtocolError
 from tpool.tensors.arena import Allocator, Arena
@@ -27,6 +26,15 @@ __all__ = ["BlockTable"]
 # So many large storages may be moved at once, by as many threads. That two which want to meet at one lock, and one of
 # them waits for the other's copy, has a chance of one in this many.
 _MOVING_LOCKS = 64
+
+
+class _Making:
+    """Counts the blocks that were handed out and are not entries yet; a forked child has one of its own."""
+
+    __slots__ = ("blocks",)
+
+    def __init__(self) -> None:
+        self.blocks = 0
 
 
 class BlockTable:
@@ -55,6 +63,8 @@ class BlockTable:
         self.span = (0, 0)
         self._peers: set[Peer] = set()  # who ever held a lease and was not forgotten; for check
         self._held_by_fork: dict[int, list[Entry]] = {}
+        self._making = _Making()
+        self._unsettled: dict[Entry, None] = {}  # of peers: no entries any more, and not to be told of yet
         self.moving_small = threading.RLock()
         self.moving = tuple(threading.RLock() for _ in range(_MOVING_LOCKS))
 
@@ -108,9 +118,9 @@ class BlockTable:
 
     def _close_if_empty(self, mapped: Mapped) -> None:
         if not mapped.entries:
+            mapped.arena.close()  # first: an interrupt would leave nobody who knows it
             self._mapped.pop(mapped.arena.id, None)
             self._measure()
-            mapped.arena.close()
 
     # Blocks --------------------------------------------------------------------------------------------------------
 
@@ -128,29 +138,40 @@ class BlockTable:
         Raises:
             PoolEndedError: the arena was removed, or belongs to the process that forked us.
         """
-        with self._lock:
-            if self._dead:
-                self._drain()
-            mapped, allocator = self._owned(arena)
-            offset = allocator.allocate(nbytes)
-            if offset is None and self._end_holds():
+        making: _Making | None = None
+        try:
+            with self._lock:
+                if self._dead:
+                    self._drain()
+                mapped, allocator = self._owned(arena)
+                making = self._making
+                making.blocks += 1
                 offset = allocator.allocate(nbytes)
-            if offset is None and beyond_budget:
-                offset = allocator.allocate(nbytes, beyond_budget=True)
-        return None if offset is None else self._enter(mapped, offset, nbytes)
+                if offset is None and self._end_holds():
+                    offset = allocator.allocate(nbytes)
+                if offset is None and beyond_budget:
+                    offset = allocator.allocate(nbytes, beyond_budget=True)
+            return None if offset is None else self._enter(mapped, offset, nbytes)
+        finally:
+            if making is not None:
+                making.blocks -= 1
 
     def allocate_young(self, arena: Arena, nbytes: int, count: int) -> list[Block]:
         """As many new blocks of one size as were freed lately, ``count`` at most; see ``allocate``.
 
         Together they cost less: 20 KB arguments took 0.95 of the time, 60 KB 0.92, 150 KB 0.98.
         """
-        with self._lock:
-            if self._dead:
-                self._drain()
-            mapped, allocator = self._owned(arena)
-            offsets = allocator.allocate_young(nbytes, count)
+        making: _Making | None = None
         blocks: list[Block] = []
+        offsets: list[int] = []
         try:
+            with self._lock:
+                if self._dead:
+                    self._drain()
+                mapped, allocator = self._owned(arena)
+                making = self._making
+                making.blocks += 1
+                offsets = allocator.allocate_young(nbytes, count)
             while offsets:
                 blocks.append(self._enter(mapped, offsets.pop(), nbytes))
         finally:
@@ -160,6 +181,8 @@ class BlockTable:
                         allocator.free(offsets.pop())
                     if mapped.removed:
                         self._close_if_empty(mapped)
+            if making is not None:
+                making.blocks -= 1
         return blocks
 
     def _owned(self, arena: Arena) -> tuple[Mapped, Allocator]:
@@ -251,18 +274,23 @@ class BlockTable:
         """Let the entry go if nothing needs it any more."""
         if entry.watch is not None or entry.lent or entry.holds:
             return
-        if self._entries.pop(entry.address, None) is None:
+        mapped, address, entries = entry.mapped, entry.address, self._entries
+        if mapped.allocator is None:
+            self._unsettled[entry] = None  # until its peer is to be told; see housekeeping.py
+        if address not in entries or entries[address] is not entry:
+            self._unsettled.pop(entry, None)
             return
+        del entries[address]  # no call since the comparison
         if entry.slab:
-            drop(self._slabs, entry.address)
+            drop(self._slabs, address)
         # Only now, when nobody can find the entry any more, may its memory be used again.
-        mapped = entry.mapped
         if mapped.allocator is not None:
             mapped.allocator.free(entry.offset)
         else:
             drop(mapped.offsets, entry.offset)
             if entry.anchor is not None and not mapped.removed:
-                entry.anchor.owe(entry)
+                entry.anchor.owe(entry, last=True)
+            self._unsettled.pop(entry, None)
         if mapped.removed:
             self._close_if_empty(mapped)
 
@@ -279,26 +307,7 @@ class BlockTable:
                 entry.watch = None
                 self._settle(entry)
 
-    # Housekeeping --------------------------------------------------------------------------------------------------
-
-    def collect(self) -> None:
-        """Notice dead views and ended children; give memory back if another process of the pool waits for some.
-
-        Call it before a thread that serves others blocks or goes idle.
-        """
-        with self._lock:
-            self._drain()
-            self._end_holds()
-            self._trim_if_needed(list(self._mapped.values()))
-
-    def collect_garbage(self) -> None:
-        """As ``collect``, after a collection of garbage: cycles may hold views.
-
-        For who would have to give up otherwise: it takes 0.09 s in a caller that has little but torch, more with more
-        objects, and runs finalizers. Left to itself the collector counts objects, not bytes, and comes after hundreds.
-        """
-        gc.collect()
-        self.collect()
+    # What others ask -----------------------------------------------------------------------------------------------
 
     @property
     def may_collect(self) -> bool:
@@ -314,29 +323,6 @@ class BlockTable:
     def has_blocks(self) -> bool:
         """Whether a block lives here, or did when somebody last looked. Takes no lock."""
         return bool(self._entries)
-
-    def _trim_if_needed(self, arenas: Iterable[Mapped]) -> None:
-        """Give the free memory of these arenas back if another process of their pool waits for some."""
-        for mapped in arenas:
-            allocator = mapped.allocator
-            if allocator is not None and allocator.ledger.anyone_waiting(besides=allocator.index):
-                allocator.trim()
-
-    def trim(self, arena: Arena | None = None, *, aged_only: bool = False) -> int:
-        """Give free memory back to the system and to the pool's budget.
-
-        Args:
-            arena: one of ours; all of ours without it.
-            aged_only: only what was not used since the last such call; call it at even intervals.
-
-        Returns:
-            How many bytes that were.
-        """
-        with self._lock:
-            self._drain()
-            self._end_holds()
-            allocators = [mapped.allocator for mapped in self._mapped.values() if arena in (None, mapped.arena)]
-            return sum(allocator.trim(aged_only=aged_only) for allocator in allocators if allocator is not None)
 
     def allocator(self, arena: Arena) -> Allocator | None:
         """Who hands out this arena's memory, if we own it; for figures, not for use."""

@@ -70,8 +70,13 @@ class Peer:
         self.pending: dict[tuple[int, int], int] = {}
         self.pending_nbytes = 0
 
-    def owe(self, entry: Entry) -> None:
-        """One lease that we got from this peer has ended; it is to be told."""
+    def owe(self, entry: Entry, *, last: bool = False) -> None:
+        """One lease that we got from this peer has ended; it is to be told.
+
+        Args:
+            entry: of the block.
+            last: it is that of the entry itself, whose anchor this peer was.
+        """
         key = (entry.mapped.arena.id, entry.offset)
         while True:
             if key not in self.pending:
@@ -81,6 +86,8 @@ class Peer:
                 self.pending[key] += 1
             except KeyError:  # it was taken in between
                 continue
+            if last:
+                entry.anchor = None  # no call since: whoever is interrupted, and comes again, does not tell it twice
             break
         self._owing[self] = None
 

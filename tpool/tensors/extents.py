@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from tpool.tensors.memfd import PAGE_NBYTES
 
-__all__ = ["ALIGNMENT", "LARGE_NBYTES", "Extents", "class_nbytes", "popped", "whole_pages_nbytes"]
+__all__ = ["ALIGNMENT", "LARGE_NBYTES", "Extents", "align", "class_nbytes", "popped", "whole_pages_nbytes"]
 
 # A cache line, and what torch's vectorised kernels like best.
 ALIGNMENT = 64
@@ -41,6 +41,12 @@ def class_nbytes(nbytes: int) -> int:
         if shift < _PAGE_SHIFT:
             shift = _PAGE_SHIFT
     return (nbytes + (1 << shift) - 1) >> shift << shift
+
+
+def align(offset: int, nbytes: int) -> int:
+    """The first place from ``offset`` on where a block of ``nbytes`` may begin."""
+    mask = (ALIGNMENT if nbytes < PAGE_NBYTES else PAGE_NBYTES) - 1
+    return offset + mask & ~mask
 
 
 def whole_pages_nbytes(start: int, end: int) -> int:

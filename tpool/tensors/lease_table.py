@@ -8,9 +8,9 @@ from collections.abc import Iterable
 
 from tpool.errors import PoolEndedError, ProtocolError
 from tpool.tensors.arena import Arena
-from tpool.tensors.block_table import BlockTable
 from tpool.tensors.entries import Block, Entry, Mapped, Peer, check_entries
 from tpool.tensors.extents import ALIGNMENT
+from tpool.tensors.housekeeping import KeptTable
 from tpool.tensors.memfd import Guard, view_of
 
 __all__ = ["MANY_BLOCKS", "MUCH_NBYTES", "SMALL_PART", "LeaseTable"]
@@ -28,7 +28,7 @@ SMALL_PART = 64
 _GIVE_BACKS_AT_ONCE = 1000
 
 
-class LeaseTable(BlockTable):
+class LeaseTable(KeptTable):
     """The arenas that this process has mapped, the blocks in them that live here, and who holds leases on them.
 
     Any thread may call any method. Each process has one, ``leases.table()``; tests make more, to play several
@@ -200,6 +200,7 @@ class LeaseTable(BlockTable):
         """
         with self._lock:
             self._drain()
+            self._settle_rest()  # or it would be told later, to a process that knows nothing of it
             peer.take_pending()
             blocks = []
             for entry in list(self._entries.values()):

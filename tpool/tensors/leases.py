@@ -68,7 +68,7 @@ class Memory:
         self._wait = wait
         self._table = leases or table()
         self._threads = threads
-        self._waiters: list[int] = []
+        self._waiters: dict[object, None] = {}
         self._granted = False
         self._ageing = Ageing(self._table, arena)
         self._heap = Heap()
@@ -136,11 +136,12 @@ class Memory:
             )
         allocator = self._table.allocator(self.arena)
         assert allocator is not None, "it did not raise PoolEndedError"
-        self._waiters.append(nbytes)
+        waiter = object()
         try:
+            self._waiters[waiter] = None
             return self._allocate_waiting(nbytes, allocator)
         finally:
-            self._waiters.pop()
+            self._waiters.pop(waiter, None)
             if not self._waiters:
                 allocator.ledger.set_waiting(allocator.index, False)
 

@@ -261,6 +261,20 @@ class Arena:
         if start < end and self.memory is not None:
             discard_pages(self.address + start, end - start)
 
+    def find_pages(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Where there is memory between two offsets: ranges of whole pages, in order."""
+        ranges: list[tuple[int, int]] = []
+        position, end = -(-start // PAGE_NBYTES) * PAGE_NBYTES, end // PAGE_NBYTES * PAGE_NBYTES
+        while position < end:
+            try:
+                first = os.lseek(self.fd, position, os.SEEK_DATA)
+                position = min(os.lseek(self.fd, first, os.SEEK_HOLE), end)
+            except OSError:  # ENXIO: no data from here on; EINVAL: this system cannot tell; EBADF: it was closed
+                break
+            if first < end:
+                ranges.append((first, position))
+        return ranges
+
     def close(self) -> None:
         """Close the descriptor; the mapping goes when the last view has died, so views stay valid."""
         if self.fd >= 0:
