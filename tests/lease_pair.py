@@ -38,13 +38,21 @@ class Process:
 
 
 class Pair:
-    """Two processes that map each other's arenas."""
+    """Two processes that map each other's arenas; checked at the end of a ``with`` block."""
 
     def __init__(self) -> None:
         self.ledger = Ledger.create(3, 16 * MIB)
         self.a, self.b = Process(self.ledger, 0), Process(self.ledger, 1)
         self.a.map(self.b.arena)
         self.b.map(self.a.arena)
+
+    def __enter__(self) -> Pair:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if exc_info[0] is None:
+            self.check()
+        self.close()
 
     def send(self, block: Block, sender: Process, receiver: Process) -> Block:
         sender.table.lend([block], sender.other)

@@ -19,6 +19,7 @@ from support import wait_until
 import tpool
 from tpool.messages import TasksFinished, WorkerExited
 from tpool.results import Callbacks
+from tpool.tensors.leases import table
 
 DEADLINE = 30
 
@@ -503,7 +504,13 @@ WAITS = {
     "imap": lambda pool: next(pool.imap(tasks.identity, [1])),
     "imap_unordered": lambda pool: list(pool.imap_unordered(tasks.identity, [1])),
     "map_batches": lambda pool: pool.map_batches(torch.neg, torch.ones(4), batch_size=2),
+    "shutdown": lambda pool: shut_down(pool.executor()),
 }
+
+
+def shut_down(executor) -> None:
+    executor.submit(tasks.identity, 1)
+    executor.shutdown()
 
 
 @pytest.mark.parametrize("name", WAITS)
@@ -533,6 +540,17 @@ def test_what_does_not_wait_for_ever_is_allowed_in_the_thread_that_brings_result
         empty.next(DEADLINE)
     assert in_handler(pool, use) is None
     assert submitted[0].get(DEADLINE) == 1
+
+
+def test_who_would_wait_in_the_midst_of_the_bookkeeping_of_memory_is_told(pool):
+    # As a signal handler may be; who brings the result wants the same lock.
+    result = pool.apply_async(tasks.identity, (1,))
+    with table()._lock:
+        with pytest.raises(RuntimeError, match="in the midst of the bookkeeping"):
+            pool.apply(tasks.identity, (2,))
+        with pytest.raises(RuntimeError, match="in the midst of the bookkeeping"):
+            pool.apply_async(tasks.identity, (2,)).get()
+    assert result.get(DEADLINE) == 1
 
 
 def test_a_finalizer_there_that_finds_no_memory_is_told():

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import itertools
+import os
 import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
 
 import pytest
-from interrupting import interrupt
+from interrupting import AlarmError, interrupt
 from lease_pair import MIB, Pair, Process
 
 from tpool.tensors.leases import Block, Memory
@@ -20,15 +23,16 @@ SIZES = [200, 5000, 5000, 20_000, 150_000]
 @pytest.fixture(autouse=True)
 def _quiet_finalizers(monkeypatch: pytest.MonkeyPatch) -> None:
     # An exception in the callback of a weak reference is printed and lost.
-    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
+    hook = sys.unraisablehook
+    monkeypatch.setattr(
+        sys, "unraisablehook", lambda lost: None if isinstance(lost.exc_value, AlarmError) else hook(lost)
+    )
 
 
 @pytest.fixture
 def pair() -> Iterator[Pair]:
-    pair = Pair()
-    yield pair
-    pair.check()
-    pair.close()
+    with Pair() as pair:
+        yield pair
 
 
 @pytest.fixture
@@ -67,7 +71,7 @@ def use(one: Process) -> None:
 
 def test_of_our_own_blocks_an_interrupt_anywhere_leaves_nothing_in_use() -> None:
     lost = 0
-    for pair, moment in each_moment():
+    for pair, moment in each_moment(3):
         place = interrupt(lambda: use(pair.a), moment)
         pair.a.table.collect()
         lost += pair.a.allocator.blocks_in_use > 0
@@ -81,7 +85,7 @@ def test_of_our_own_blocks_an_interrupt_anywhere_leaves_nothing_in_use() -> None
         if place is None:
             break
     assert moment > 500
-    assert lost > 10, "or reclaim has nothing to do here"
+    assert lost > 5, "or reclaim has nothing to do here"
 
 
 def del_at_once(one: Process) -> None:
@@ -291,6 +295,95 @@ def test_user_code_in_the_midst_of_it(name: str) -> None:
     assert moment > 100
 
 
+def test_user_code_that_drops_a_peers_blocks_in_the_midst_of_it() -> None:
+    """Of one block the peer was not told, as an interrupt came between, and it has sent it once more."""
+    for torn, moment in itertools.product((7, 12, 17, 22), range(1, 120)):
+        pair = Pair()
+        lent = [pair.a.allocate(nbytes) for nbytes in SIZES]
+        received = [pair.send(block, pair.a, pair.b) for block in lent]
+        del received[2]
+        interrupt(pair.b.table.collect, torn)
+        received.append(pair.send(lent[2], pair.a, pair.b))
+
+        def let_go(received: list[Block] = received, pair: Pair = pair) -> None:
+            received.clear()
+            pair.b.table.collect()
+
+        place = interrupt(pair.b.table.reclaim, moment, let_go)
+        let_go()
+        pair.b.table.reclaim()
+        pair.give_backs(pair.b, pair.a)
+        lent.clear()
+        pair.a.table.collect()
+        pair.check()
+        assert pair.a.allocator.blocks_in_use == 0, place
+        pair.close()
+
+
+def test_user_code_that_drops_a_peers_other_blocks_as_one_goes() -> None:
+    for pair, moment in each_moment():
+        received = [pair.send(pair.a.allocate(nbytes), pair.a, pair.b) for nbytes in SIZES]
+
+        def let_go(received: list[Block] = received, pair: Pair = pair) -> None:
+            received.clear()
+            pair.b.table.collect()
+
+        del received[-1]
+        place = interrupt(pair.b.table.collect, moment, let_go)
+        let_go()
+        pair.give_backs(pair.b, pair.a)
+        pair.check()
+        assert pair.a.allocator.blocks_in_use == 0, place
+        if place is None:
+            break
+    assert moment > 10
+
+
+def test_what_a_forked_child_held_is_free_after_it_though_an_interrupt_came() -> None:
+    for pair, moment in each_moment():
+        table, blocks = pair.a.table, [pair.a.allocate(nbytes) for nbytes in SIZES]
+        table.before_fork()
+        _, kept_by_child = table._pipes._next
+        child = os.dup(kept_by_child)
+        table.after_fork_in_parent()
+        read_end = table._pipes.living[0]
+        blocks.clear()
+        table.collect()
+        assert pair.a.allocator.blocks_in_use == len(SIZES)
+        os.close(child)  # it ended
+        place = interrupt(table.collect, moment)
+        table.collect()
+        table.reclaim()
+        pair.check()
+        assert pair.a.allocator.blocks_in_use == 0, place
+        with contextlib.suppress(OSError):  # what an interrupt may leave open
+            os.close(read_end)
+        if place is None:
+            break
+    assert moment > 20
+
+
+def test_it_starts_no_collection_however_many_blocks_there_are(one: Process) -> None:
+    # A collection runs finalizers, and one that waits for the pool would wait for who wants the table's lock.
+    kept = [one.allocate(64) for _ in range(5000)]
+    freed = [one.allocate(64) for _ in range(5000)]
+    freed.clear()
+    one.table.collect()
+    phases: list[str] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        phases.append(phase)
+
+    gc.collect()
+    gc.callbacks.append(note)
+    try:
+        one.table.reclaim()
+    finally:
+        gc.callbacks.remove(note)
+    assert not phases
+    assert one.allocator.blocks_in_use == len(kept)
+
+
 def test_threads_that_use_their_blocks_meanwhile(pair: Pair) -> None:
     one, over, failures, rounds = pair.a, threading.Event(), [], [0, 0]
 
@@ -312,7 +405,7 @@ def test_threads_that_use_their_blocks_meanwhile(pair: Pair) -> None:
     try:
         for thread in threads:
             thread.start()
-        while min(rounds) < 1000:
+        while min(rounds) < 200:
             one.table.reclaim()
     finally:
         over.set()

@@ -21,6 +21,7 @@ ROWS = [
     ["tpool.scheduler"],
     ["tpool.tensors.budget", "tpool.tensors.heap", "tpool.tensors.memfd", "tpool.tensors.forks"],
     ["tpool.tensors.extents", "tpool.tensors.ledger", "tpool.tensors.prefault"],
+    ["tpool.tensors.free_memory"],
     ["tpool.tensors.arena"],
     ["tpool.tensors.entries"],
     ["tpool.tensors.block_table"],

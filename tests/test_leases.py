@@ -27,10 +27,8 @@ PAGE = PAGE_NBYTES
 
 @pytest.fixture
 def pair() -> Iterator[Pair]:
-    pair = Pair()
-    yield pair
-    pair.check()
-    pair.close()
+    with Pair() as pair:
+        yield pair
 
 
 @pytest.fixture

@@ -95,6 +95,9 @@ class PoolExecutor(concurrent.futures.Executor):
         Args:
             wait: return only when every call that was made through this view is done.
             cancel_futures: cancel those that do not run yet.
+
+        Raises:
+            RuntimeError: there is one to wait for, in the thread that brings its result (a finalizer may run there).
         """
         with self._lock:
             self._ended = True
@@ -103,6 +106,8 @@ class PoolExecutor(concurrent.futures.Executor):
             for result in pending:
                 result.cancel()
         if wait:
+            for result in pending:
+                result.check_may_wait()
             concurrent.futures.wait(pending)
 
 

@@ -25,9 +25,9 @@ from typing import Any, NoReturn, Protocol, TypeVar
 from tpool.engine import Result
 from tpool.errors import TaskCancelledError, TpoolError, TransportError
 from tpool.loops import Bell
-from tpool.results import Callbacks, Failure, Results, SharedFailure, decode
+from tpool.results import Callbacks, Failure, Results, SharedFailure, check_may_wait, decode
 from tpool.task import JobId
-from tpool.waiting import Monitor, check_may_wait
+from tpool.waiting import Monitor
 
 T = TypeVar("T")
 
@@ -248,10 +248,18 @@ class AsyncResult(Future[T]):
         if self._state in _DONE:
             return True
         if timeout is None:
-            check_may_wait(self._server, self.story)
+            self.check_may_wait()
         # In the callback thread, which runs nothing else meanwhile, our own callbacks would be waited for for ever.
         in_callback = self._has_callbacks and self._callbacks.is_current()
         return self._condition.wait_for(lambda: self._state in _DONE or (in_callback and self._complete), timeout)
+
+    def check_may_wait(self) -> None:
+        """Refuse to wait for it here without a limit, if that would be for ever; see ``results.check_may_wait``.
+
+        Raises:
+            RuntimeError: it would.
+        """
+        check_may_wait(self._server, self.story)
 
     def _late(self, timeout: float | None) -> str:
         return f"{self.story} has not finished within {timeout} s, and goes on: ask again later, or cancel() it"

@@ -23,10 +23,9 @@ from tpool.local.seeding import SeededCall, SeededItems
 from tpool.local.wire import Mode
 from tpool.map_result import MapResult
 from tpool.messages import JobCancelled, JobSealed, JobWithdrawn
-from tpool.results import Failure, Sink
+from tpool.results import Failure, Sink, check_may_wait
 from tpool.streams import IMapIterator, Stream
 from tpool.task import JobId, Task
-from tpool.waiting import check_may_wait
 
 # As in the standard library: enough chunks that the last ones even out, few enough that each is worth a message.
 CHUNKS_PER_WORKER = 4

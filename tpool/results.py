@@ -18,6 +18,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 from tpool.engine import Result
+from tpool.tensors.leases import table
 from tpool.values import Values
 
 logger = logging.getLogger("tpool")
@@ -25,6 +26,30 @@ logger = logging.getLogger("tpool")
 
 Results = list[Result] | Values
 """Of tasks of one job that stand behind each other."""
+
+
+def check_may_wait(server: threading.Thread | None, story: str) -> None:
+    """Refuse to wait without a limit where that would be for ever; a wait with a limit ends by itself.
+
+    A finalizer that makes a call and waits for it runs in whatever thread the garbage collector comes by, a signal
+    handler wherever the main thread is. In the thread by which the result comes it would wait for itself; and where it
+    interrupts the bookkeeping of shared memory, for who wants that.
+
+    Args:
+        server: the thread by which the result comes; None if it is not known yet.
+        story: what is waited for.
+
+    Raises:
+        RuntimeError: it is this one, or this one is in the midst of that bookkeeping.
+    """
+    here = "in the thread that brings its result" if server is threading.current_thread() else ""
+    if not here and table().busy_here:
+        here = "in the midst of the bookkeeping of shared memory"
+    if here:
+        raise RuntimeError(
+            f"cannot wait for {story} {here}, where a finalizer was run by the garbage collector, perhaps, or a"
+            " signal handler; make the call without waiting for it, give a timeout, or wait in another thread"
+        )
 
 
 class Failure:

@@ -14,9 +14,9 @@ from typing import Any, Generic, TypeVar
 
 from tpool.engine import Result
 from tpool.loops import Bell
-from tpool.results import Failure, Results, SharedFailure
+from tpool.results import Failure, Results, SharedFailure, check_may_wait
 from tpool.values import PLAIN, ValueResult, Values
-from tpool.waiting import Monitor, check_may_wait
+from tpool.waiting import Monitor
 
 T = TypeVar("T")
 

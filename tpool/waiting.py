@@ -23,26 +23,6 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def check_may_wait(server: threading.Thread | None, story: str) -> None:
-    """Refuse to wait without a limit in the thread by which the result comes.
-
-    A finalizer that submits a call and waits for it runs in whatever thread the garbage collector comes by. In that
-    one it would wait for itself, and all that others wait for with it. A wait with a limit ends by itself.
-
-    Args:
-        server: that thread; None if it is not known yet.
-        story: what is waited for.
-
-    Raises:
-        RuntimeError: it is this one.
-    """
-    if server is threading.current_thread():
-        raise RuntimeError(
-            f"cannot wait for {story} in the thread that brings its result, where a finalizer was run, perhaps, by the"
-            " garbage collector; submit the call without waiting for it, give a timeout, or wait in another thread"
-        )
-
-
 class Monitor(RLock):  # type: ignore[misc]  # the type stub says final; it is not, in CPython 3.10 to 3.13
     """A lock for those who change something, and waiting for it to change.
 

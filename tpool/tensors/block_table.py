@@ -175,14 +175,16 @@ class BlockTable:
             while offsets:
                 blocks.append(self._enter(mapped, offsets.pop(), nbytes))
         finally:
-            if offsets:  # interrupted
-                with self._lock:
-                    while offsets:
-                        allocator.free(offsets.pop())
-                    if mapped.removed:
-                        self._close_if_empty(mapped)
-            if making is not None:
-                making.blocks -= 1
+            try:
+                if offsets:  # interrupted
+                    with self._lock:
+                        while offsets:
+                            allocator.free(offsets.pop())
+                        if mapped.removed:
+                            self._close_if_empty(mapped)
+            finally:
+                if making is not None:
+                    making.blocks -= 1
         return blocks
 
     def _owned(self, arena: Arena) -> tuple[Mapped, Allocator]:
@@ -277,10 +279,13 @@ class BlockTable:
         mapped, address, entries = entry.mapped, entry.address, self._entries
         if mapped.allocator is None:
             self._unsettled[entry] = None  # until its peer is to be told; see housekeeping.py
-        if address not in entries or entries[address] is not entry:
+        # Looked at again: the property may have run a collection. From here to the deletion there is no call, nor a
+        # jump, where CPython 3.10 looks for signals.
+        if entry.watch is None and not entry.lent and address in entries and entries[address] is entry:
+            del entries[address]
+        else:
             self._unsettled.pop(entry, None)
             return
-        del entries[address]  # no call since the comparison
         if entry.slab:
             drop(self._slabs, address)
         # Only now, when nobody can find the entry any more, may its memory be used again.
@@ -362,11 +367,14 @@ class BlockTable:
         """End the holds of children that are gone; True if there were any."""
         if not self._held_by_fork:
             return False
-        ended = self._pipes.take_ended()
+        self._pipes.take_ended()
+        ended = [child for child in list(self._held_by_fork) if child not in self._pipes.living]
         for child in ended:
-            for entry in self._held_by_fork.pop(child):
-                entry.holds -= 1
-                self._settle(entry)
+            entries = self._held_by_fork.get(child, [])
+            while entries:
+                entries[-1].holds -= 1  # and no call before it is taken out: an interrupt leaves the rest to the next
+                self._settle(entries.pop())
+            self._held_by_fork.pop(child, None)
         return bool(ended)
 
 

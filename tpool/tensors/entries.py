@@ -146,9 +146,12 @@ def drop(numbers: list[int], number: int) -> None:
     while True:
         index = bisect_left(numbers, number)
         # Looked at again and deleted in one step, since the call above may have run a collection.
-        if numbers[index] == number:
-            del numbers[index]
-            return
+        try:
+            if numbers[index] == number:
+                del numbers[index]
+                return
+        except IndexError:  # which made the list shorter
+            continue
 
 
 class Entry:

@@ -85,7 +85,8 @@ class KeptTable(BlockTable):
             self._drain()
             self._settle_rest()
             for entry in list(self._entries.values()):
-                if entry.watch is not None and entry.watch() is None:
+                watch = entry.watch
+                if watch is not None and watch() is None and entry.watch is watch:
                     entry.watch = None  # its death was not even noticed
                 self._settle(entry)
             for address in list(self._slabs):
@@ -103,8 +104,9 @@ class KeptTable(BlockTable):
             mapped, address = entry.mapped, entry.address
             if mapped.allocator is None and self._entries.get(address) is not entry:
                 # The peer may have sent the block anew since.
-                while mapped.offsets.count(entry.offset) > (address in self._entries):
-                    mapped.offsets.remove(entry.offset)
+                with contextlib.suppress(ValueError):  # likewise
+                    while mapped.offsets.count(entry.offset) > (address in self._entries):
+                        mapped.offsets.remove(entry.offset)
                 if entry.anchor is not None and not mapped.removed:
                     entry.anchor.owe(entry, last=True)
             self._unsettled.pop(entry, None)
