@@ -76,8 +76,11 @@ class KeptTable(BlockTable):
     def reclaim(self) -> None:
         """Find again what a signal handler that raised has left behind.
 
-        Nobody else gets memory meanwhile. Nothing happens in a signal handler or finalizer that interrupts the table's
-        own work: what seems lost may be in its hands.
+        Nobody else gets memory meanwhile: a microsecond for each block, 0.2 s for 200,000 of which half are in use. No
+        object of the collector's is made for a block, as a collection here would run finalizers.
+
+        Nothing happens in a signal handler or finalizer that interrupts the table's own work: what seems lost may be
+        in its hands.
         """
         if self.busy_here:
             return
