@@ -102,12 +102,12 @@ class KeptTable(BlockTable):
                     self._close_if_empty(mapped)
 
     def _settle_rest(self) -> None:
-        """Do what is left of letting those blocks go that have no entry any more. Not in the midst of it."""
+        """Do what is left of letting peers' blocks go that have no entry any more; not in the midst of that."""
         for entry in list(self._unsettled):
             mapped, address = entry.mapped, entry.address
             if mapped.allocator is None and self._entries.get(address) is not entry:
-                # The peer may have sent the block anew since.
-                with contextlib.suppress(ValueError):  # likewise
+                # The peer may have sent the block anew since; user code in a collection may drop that.
+                with contextlib.suppress(ValueError):
                     while mapped.offsets.count(entry.offset) > (address in self._entries):
                         mapped.offsets.remove(entry.offset)
                 if entry.anchor is not None and not mapped.removed:
