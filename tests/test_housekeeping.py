@@ -78,7 +78,7 @@ def test_of_our_own_blocks_an_interrupt_anywhere_leaves_nothing_in_use() -> None
         pair.a.table.reclaim()
         pair.check()
         assert pair.a.allocator.blocks_in_use == 0, place
-        del_at_once(pair.a)  # as a trim that finds no free block does not join what was never in use
+        take_and_drop(pair.a)  # as a trim that finds no free block does not join what was never in use
         pair.a.table.trim()
         pair.check()
         assert pair.ledger.committed_nbytes() == 0, place
@@ -88,7 +88,7 @@ def test_of_our_own_blocks_an_interrupt_anywhere_leaves_nothing_in_use() -> None
     assert lost > 5, "or reclaim has nothing to do here"
 
 
-def del_at_once(one: Process) -> None:
+def take_and_drop(one: Process) -> None:
     one.allocate(1)
 
 
@@ -120,18 +120,18 @@ def test_blocks_that_a_thread_is_about_to_enter_are_not_taken_for_lost(
 
 
 def test_a_block_that_was_about_to_be_entered_in_vain_hides_no_other_for_ever(one: Process) -> None:
-    class Full(Exception):
+    class Refused(Exception):
         pass
 
     def enter(*arguments: object) -> Block:
-        raise Full
+        raise Refused
 
     for allocate in (one.allocate, lambda nbytes: one.table.allocate_young(one.arena, nbytes, 2)):
         kept = one.allocate(5000)
         del kept
         one.table.collect()
         one.table._enter, entering = enter, one.table._enter  # type: ignore[method-assign]
-        with pytest.raises(Full):
+        with pytest.raises(Refused):
             allocate(5000)
         one.table._enter = entering  # type: ignore[method-assign]
         one.table.reclaim()
