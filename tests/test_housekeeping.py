@@ -99,6 +99,15 @@ def test_what_was_lost_is_found_by_who_would_have_to_give_up(one: Process) -> No
     assert memory.allocate(12 * MIB).nbytes == 12 * MIB
 
 
+@pytest.mark.parametrize("aged_only", [False, True])
+def test_what_was_lost_is_found_as_old_memory_goes_back(one: Process, aged_only: bool) -> None:
+    assert one.allocator.allocate(MIB) is not None
+    one.table.trim(one.arena, aged_only=aged_only)
+    assert one.allocator.blocks_in_use == 0
+    one.table.trim(one.arena, aged_only=aged_only)
+    assert one.allocator.committed_nbytes == 0
+
+
 def test_blocks_that_a_thread_is_about_to_enter_are_not_taken_for_lost(
     one: Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
