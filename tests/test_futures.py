@@ -542,15 +542,16 @@ def test_what_does_not_wait_for_ever_is_allowed_in_the_thread_that_brings_result
     assert submitted[0].get(DEADLINE) == 1
 
 
-def test_who_would_wait_in_the_midst_of_the_bookkeeping_of_memory_is_told(pool):
-    # As a signal handler may be; who brings the result wants the same lock.
-    result = pool.apply_async(tasks.identity, (1,))
+def test_who_would_wait_in_the_midst_of_the_bookkeeping_of_memory_is_told(pool, busy, gate):
+    # As a signal handler may be; who brings the result wants the same lock. Busy workers cannot bring it before.
     with table()._lock:
         with pytest.raises(RuntimeError, match="in the midst of the bookkeeping"):
             pool.apply(tasks.identity, (2,))
+        result = pool.apply_async(tasks.identity, (2,))
         with pytest.raises(RuntimeError, match="in the midst of the bookkeeping"):
-            pool.apply_async(tasks.identity, (2,)).get()
-    assert result.get(DEADLINE) == 1
+            result.get()
+    gate.touch()
+    assert result.get(DEADLINE) == 2
 
 
 def test_a_finalizer_there_that_finds_no_memory_is_told():
