@@ -20,7 +20,7 @@ import numpy
 import torch
 
 import tpool
-from tpool.tensors import ageing, leases
+from tpool.tensors import ageing, leases, placed
 
 state = None
 
@@ -108,6 +108,50 @@ def fill_the_same(number):
     if "buffer" not in last_returned:
         last_returned["buffer"] = torch.empty(100_000)
     return last_returned["buffer"].fill_(number)
+
+
+def make_counting_placed(number):
+    """A large tensor; the worker counts those that it copies into shared memory."""
+    count_placed(None)
+    return torch.full((100_000,), float(number))
+
+
+def count_placed(count):
+    """How many tensors were copied since; sets the count, if one is given."""
+    if "placed" not in last_returned:
+        last_returned["placed"] = 0
+
+        def noted(self, *arguments):
+            last_returned["placed"] += 1
+            made(self, *arguments)
+
+        made, placed.Placed.__init__ = placed.Placed.__init__, noted
+    known = last_returned["placed"]
+    if count is not None:
+        last_returned["placed"] = count
+    return known
+
+
+def make_and_keep(number):
+    """A large tensor that this worker keeps."""
+    last_returned.setdefault("kept", []).append(torch.full((100_000,), float(number)))
+    return last_returned["kept"][-1]
+
+
+def fill_what_is_kept(number):
+    """How many were kept; all are filled, and forgotten if it is with 0."""
+    kept = last_returned.setdefault("kept", [])
+    for tensor in kept:
+        tensor.fill_(number)
+    count = len(kept)
+    if number == 0:
+        kept.clear()
+    return count
+
+
+def make_parts(_number):
+    """Each time another tensor on the same memory, and each with all of it."""
+    return last_returned.setdefault("whole", torch.zeros(100_000)).detach()
 
 
 def make_sparse_or_fail(number):

@@ -188,8 +188,10 @@ def test_the_heap_is_told_of_what_moves(memory: Memory, numel: int, committed_nb
 
 @needs_swap
 def test_the_heap_is_told_of_results_that_move_early(memory: Memory) -> None:
-    assert _EarlyMoves(Codec(memory), Marks()).move(torch.ones(MIB))
-    assert told(memory) == [(4 * MIB, 256 * MIB)]
+    known, codec = torch.ones(MIB), Codec(memory)
+    for number, made in enumerate([[torch.ones(MIB)], [known]], 1):  # copied, and moved
+        assert _EarlyMoves(codec, Marks()).move(made, True)
+        assert told(memory) == [(4 * MIB * turn, 256 * MIB) for turn in range(1, number + 1)]
 
 
 def test_the_heap_is_not_told_of_copies(memory: Memory) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import traceback
+from typing import Any
 
 from tpool.errors import MaybeEncodingError, TpoolError
-from tpool.local.calls import Marks
+from tpool.local.calls import Marks, leave_early
 from tpool.local.story import format_remote, safe_repr
 from tpool.tensors.payload import Payload
 from tpool.tensors.pickler import Codec
@@ -14,12 +15,12 @@ from tpool.tensors.plain import dumps_plain
 __all__ = ["encode_error", "encode_value"]
 
 
-def encode_value(codec: Codec, value: object, marks: Marks) -> Payload | bytes:
+def encode_value(codec: Codec, held: list[Any], marks: Marks) -> Payload | bytes:
     """A value, as a plain stream where that is enough.
 
     Args:
         codec: pickles.
-        value: what the task has just returned.
+        held: what the task has just returned, alone in a list that nobody else knows; empty afterwards.
         marks: is told so.
 
     Raises:
@@ -27,6 +28,8 @@ def encode_value(codec: Codec, value: object, marks: Marks) -> Payload | bytes:
         MaybeEncodingError: pickling it raised.
     """
     marks.ended()
+    leave_early(held, codec)
+    value = held.pop()
     try:
         stream = dumps_plain(value)
         return codec.dumps(value) if stream is None else stream

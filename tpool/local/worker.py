@@ -301,7 +301,7 @@ class Worker:
         tb = ""
         kind = Kind.RESULT
         try:
-            payload = encode_value(self._codec, self._call(job, received), marks)
+            payload = encode_value(self._codec, [self._call(job, received)], marks)
             status = _VALUE
         except BaseException as error:
             marks.fail(started)
@@ -331,7 +331,7 @@ class Worker:
         payload: Payload | bytes = b""
         if error is None:
             try:
-                payload = encode_value(self._codec, held.pop(), marks)
+                payload = encode_value(self._codec, held, marks)
             except BaseException as failure:
                 error = failure
         if error is not None:

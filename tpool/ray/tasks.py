@@ -233,7 +233,7 @@ class TaskRunner:
         started = marks.decoded = marks.ran = monotonic()
         text, status = "", "value"
         try:
-            outcome = encode_value(self._codec, self._call(job, payload, refs), marks)
+            outcome = encode_value(self._codec, [self._call(job, payload, refs)], marks)
         except BaseException as error:
             marks.fail(started)
             status = "error"

@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
-from tpool.tensors import reducers
 from tpool.tensors.arrivals import NAMES, Incoming, whole_tensor
 from tpool.tensors.cures import add_cure
 from tpool.tensors.payload import Payload
+from tpool.tensors.placed import Placed, reduce_placed
+from tpool.tensors.reducers_content import dense, is_plain
 from tpool.tensors.storages import Outgoing
 
 __all__ = ["BARE", "LISTED", "dumps_bare", "loads_bare"]
@@ -38,7 +39,7 @@ _ENCODED_NAMES = {name: name.encode() for name in NAMES.values()}
 
 
 def dumps_bare(obj: Any, sender: Outgoing) -> Payload | None:
-    """A tensor, or a list of one, that covers its storage and has nothing around it; None for anything else.
+    """A tensor (or ``Placed``), or a list of one, that covers its storage, bare of all else; None for any other.
 
     Args:
         obj: which.
@@ -49,10 +50,13 @@ def dumps_bare(obj: Any, sender: Outgoing) -> Payload | None:
     """
     listed = type(obj) is list and len(obj) == 1
     tensor = obj[0] if listed else obj
-    if type(tensor) is not torch.Tensor or not reducers.is_plain(tensor):
+    placed = type(tensor) is Placed
+    if placed and len(tensor.size) >= len(_SIZES):
+        return None  # before its block is among the message's
+    if not placed and (type(tensor) is not torch.Tensor or not is_plain(tensor)):
         return None
     try:
-        make, arguments = reducers.dense(tensor, sender)
+        make, arguments = reduce_placed(tensor, sender) if placed else dense(tensor, sender)
     except BaseException as error:
         sender.blocks.clear()  # now; the error's traceback would keep them
         add_cure(error)

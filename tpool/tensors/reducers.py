@@ -31,8 +31,9 @@ from torch.nn.parameter import Parameter
 from tpool.errors import UnsupportedTensorError
 from tpool.tensors import reducers_layouts, reducers_subclasses, torch_private
 from tpool.tensors.arrivals import DTYPES, NAMES, block_storage
+from tpool.tensors.placed import Placed, PlacedAlike, reduce_placed, reduce_placed_alike
 from tpool.tensors.reducers_alike import Alike, reduce_alike
-from tpool.tensors.reducers_content import Reduced, content, dense, dress, refuse_non_leaf
+from tpool.tensors.reducers_content import Reduced, content, dense, dress, is_plain, refuse_non_leaf
 
 if TYPE_CHECKING:
     from tpool.tensors.storages import Outgoing
@@ -68,16 +69,6 @@ def reduce_tensor(tensor: torch.Tensor, sender: Outgoing) -> Reduced:
         return dense(tensor, sender)
     refuse_non_leaf(tensor)
     return dress(tensor, content(tensor, sender), torch.Tensor, tensor.__dict__)
-
-
-def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether a tensor of exactly the class ``torch.Tensor`` is a dense one on the CPU with nothing around it."""
-    return (
-        torch_private.dispatch_keys(tensor) == torch_private.PLAIN_KEYS
-        and not tensor.requires_grad
-        and tensor.grad is None
-        and not tensor.__dict__
-    )
 
 
 def reduce_parameter(parameter: Parameter, sender: Outgoing) -> Reduced:
@@ -126,5 +117,7 @@ _HANDLERS: dict[type, Callable[[Any, Outgoing], Reduced]] = {
     torch.cuda.Event: reducers_layouts.cuda_event,
     torch.jit.ScriptFunction: reducers_subclasses.refuse_script_function,
     Alike: reduce_alike,
+    Placed: reduce_placed,
+    PlacedAlike: reduce_placed_alike,
 }
 """By exact type: this is asked for every object of a message, and one look-up must tell that most are not ours."""

@@ -14,6 +14,7 @@ import torch
 
 from tpool.tensors import torch_private
 from tpool.tensors.arrivals import NAMES, tensors_alike
+from tpool.tensors.placed import Placed, PlacedAlike, placed_alike
 from tpool.tensors.reducers_content import Reduced
 
 if TYPE_CHECKING:
@@ -38,10 +39,13 @@ class Alike:
         self.tensors = tensors
 
 
-def as_alike(items: list[Any]) -> Alike | None:
+def as_alike(items: list[Any]) -> Alike | PlacedAlike | None:
     """What stands for a list, if it may hold tensors that are alike; None if it does not."""
-    if len(items) < MIN_TENSORS or type(items[0]) is not torch.Tensor:
-        return None  # as of most lists, however long they are
+    if len(items) < MIN_TENSORS:
+        return None
+    if type(items[0]) is not torch.Tensor:
+        # Of most lists nothing more is asked, however long they are.
+        return placed_alike(items) if type(items[0]) is Placed else None
     if set(map(type, items)) != {torch.Tensor} or len(set(map(id, items))) < len(items):
         return None
     if _may_have_attributes(items) and any(map(vars, items)):  # an attribute may lead back to the list

@@ -19,13 +19,23 @@ if TYPE_CHECKING:
     from tpool.tensors.slabs import Place
     from tpool.tensors.storages import Outgoing
 
-__all__ = ["Content", "Reduced", "content", "dense", "dress", "refuse_non_leaf"]
+__all__ = ["Content", "Reduced", "content", "dense", "dress", "is_plain", "refuse_non_leaf"]
 
 Reduced = tuple[Any, ...]
 """What ``__reduce_ex__`` may return."""
 
 Content = tuple[Callable[..., Any], tuple[Any, ...]]
 """A function, and the arguments with which it makes a tensor."""
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of exactly the class ``torch.Tensor`` is a dense one on the CPU with nothing around it."""
+    return (
+        torch_private.dispatch_keys(tensor) == torch_private.PLAIN_KEYS
+        and not tensor.requires_grad
+        and tensor.grad is None
+        and not tensor.__dict__
+    )
 
 
 # Dress -------------------------------------------------------------------------------------------------------------
