@@ -11,7 +11,7 @@ import pool_tasks as tasks
 import pytest
 import torch
 from codec_peer import Peering, codec_for, new_arena
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import tpool
@@ -28,10 +28,14 @@ needs_counts = pytest.mark.skipif(not torch_private.COUNTS_USES, reason="this to
 pytestmark = needs_counts
 
 
+def never_wait(seconds: float) -> bool:
+    raise AssertionError("it waits")
+
+
 @pytest.fixture
 def memory() -> Iterator[Memory]:
     arena, ledger = new_arena(budget=4 << 20)
-    yield Memory(arena, lambda seconds: False)
+    yield Memory(arena, never_wait)
     leases.table().remove(arena)
     ledger.close()
 
@@ -45,6 +49,7 @@ def memory() -> Iterator[Memory]:
     count=st.integers(1, 12),
     listed=st.booleans(),
 )
+@example(size=[2] * 9, dtype=torch.float32, count=1, listed=False)
 @settings(deadline=None, max_examples=80)
 def test_it_arrives_as_the_tensor(
     peering: Peering, size: list[int], dtype: torch.dtype, count: int, listed: bool
@@ -91,6 +96,24 @@ def test_among_others(peering: Peering) -> None:
             else:
                 assert other.shape == (numbers[id(one)] // 10 + 2, 3)
                 assert bool(other.eq(numbers[id(one)]).all())
+
+
+LISTS: dict[str, Callable[[int], torch.Tensor]] = {
+    "alike": lambda number: torch.full((3, 4), float(number)),
+    "of two shapes": lambda number: torch.full((3, 4) if number < 9 else (4, 3), float(number)),
+    "of two types": lambda number: torch.full((3, 4), number, dtype=torch.int32 if number < 9 else torch.float32),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_lists_that_are_alike_and_others(peering: Peering, name: str) -> None:
+    codec, values = codec_for(peering.arena, "share"), []
+    for number in range(12):
+        values.append(LISTS[name](number))
+        assert place_last(values, codec.memory, 1)
+    for number, back in enumerate(codec.loads(peering.ask("", codec.dumps(values)))):  # type: ignore[call-overload]
+        assert back.dtype == LISTS[name](number).dtype
+        assert torch.equal(back, LISTS[name](number))
 
 
 def test_its_block_goes_with_it(memory: Memory) -> None:
@@ -148,7 +171,8 @@ OTHERS: dict[str, Callable[[], Any]] = {
     "one that autograd has saved": saved_for_backward,
     "a view": lambda: torch.ones(LARGE + 1)[1:],
     "a part": lambda: torch.ones(LARGE + 1)[:LARGE],
-    "a transposed one": lambda: torch.ones(4, LARGE).t(),
+    "a transposed one": lambda: torch.empty_strided((LARGE, 4), (1, LARGE)),
+    "one with memory to spare": lambda: torch.ones(LARGE + 1).resize_(LARGE),
     "an expanded one": lambda: torch.ones(1).expand(LARGE),
     "one with a dimension of 1": lambda: torch.ones(1, LARGE),
     "one that requires grad": lambda: torch.ones(LARGE, requires_grad=True),
@@ -187,10 +211,13 @@ def test_what_lies_in_a_block_stays_there(memory: Memory) -> None:
 
 
 def test_without_memory_it_stays_and_nobody_waits(memory: Memory) -> None:
-    values: list[Any] = [torch.ones(2 << 20)]
+    taken, values = memory.allocate(3 << 20), [torch.ones(2 << 18)]
     with pytest.raises(SharedMemoryExhausted):
         place_last(values, memory, EARLY_NBYTES)
-    assert values[0].numel() == 2 << 20
+    assert values[0].numel() == 2 << 18
+    del taken
+    leases.table().collect()
+    assert place_last(values, memory, EARLY_NBYTES)
 
 
 def test_the_counter_is_asked_as_it_was_when_it_was_tried() -> None:
@@ -253,5 +280,6 @@ def test_an_argument_that_is_the_result_is_not_copied(pool: tpool.Pool) -> None:
 
 def test_with_copies_nothing_is_placed_early() -> None:
     with tpool.Pool(1, sharing="copy") as pool:
-        pool.map(tasks.make_counting_placed, range(6), 3)
+        for call in CALLS.values():
+            call(pool, tasks.make_counting_placed, [1, 2, 3])
         assert pool.apply(tasks.count_placed, (0,)) == 0

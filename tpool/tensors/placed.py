@@ -74,10 +74,10 @@ def reduce_placed(placed: Placed, sender: Outgoing) -> Reduced:
 
 def reduce_placed_alike(alike: PlacedAlike, sender: Outgoing) -> Reduced:
     """The tensors, by their blocks."""
-    first, start = alike.tensors[0], len(sender.blocks)
+    first, count = alike.tensors[0], len(alike.tensors)
+    start = len(sender.blocks)
     sender.blocks += [placed.block for placed in alike.tensors]
-    indices = list(range(start, len(sender.blocks)))
-    return tensors_alike, (first.dtype, first.size, first.nbytes, indices, [-1] * len(indices))
+    return tensors_alike, (first.dtype, first.size, first.nbytes, list(range(start, start + count)), [-1] * count)
 
 
 def place_last(values: list[Any], memory: Memory, least_nbytes: int) -> bool:
