@@ -149,6 +149,17 @@ def fill_what_is_kept(number):
     return count
 
 
+def make_once_for_a_while(_number):
+    """The same tensor for as long as somebody holds it."""
+    tensor = known_weakly.get("tensor")
+    if tensor is None:
+        tensor = known_weakly["tensor"] = torch.zeros(100_000)
+    return tensor
+
+
+known_weakly = weakref.WeakValueDictionary()
+
+
 def make_parts(_number):
     """Each time another tensor on the same memory, and each with all of it."""
     return last_returned.setdefault("whole", torch.zeros(100_000)).detach()

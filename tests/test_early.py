@@ -13,6 +13,7 @@ import tpool
 from tpool.local.calls import EARLY_NBYTES, JobCalls, Marks
 from tpool.local.wire import Mode
 from tpool.tensors.payload import Received
+from tpool.tensors.placed import Placed
 from tpool.tensors.plain import dumps_plain
 
 DEADLINE = 30
@@ -95,13 +96,23 @@ class Clock:
         return self.now
 
 
-def test_the_time_it_takes_is_transfer_and_none_of_the_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("known", [True, False], ids=["moved", "copied"])
+def test_the_time_it_takes_is_transfer_and_none_of_the_functions(monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
     clock = Clock()
-    monkeypatch.setattr("tpool.local.calls.monotonic", clock)
+    kept = []
 
     def function(numel: int) -> torch.Tensor:
         clock.now += 10
-        return torch.zeros(numel)
+        kept.append(torch.zeros(numel))
+        return kept[-1]
+
+    def copy(values: list[Any], memory: None, least_nbytes: int) -> None:
+        if not known and values[-1].nbytes >= least_nbytes:
+            clock.now += 1
+            values[-1] = Placed(None, "float32", (LARGE,), 4 * LARGE)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("tpool.local.calls.monotonic", clock)
+    monkeypatch.setattr("tpool.local.calls.place_last", copy)
 
     calls = JobCalls(Mode.MAP, Received(dumps_plain(None) or b""))
     calls._payload, calls._function = None, function
@@ -116,4 +127,4 @@ def test_the_time_it_takes_is_transfer_and_none_of_the_functions(monkeypatch: py
     marks.decoded = 0.0
     calls.call(codec, [LARGE], marks)  # type: ignore[arg-type]
     marks.ended()
-    assert marks.ran == clock.now, "nothing of the chunk before is counted again"
+    assert marks.ran == clock.now - (not known), "nothing of the chunk before is counted again"

@@ -35,6 +35,7 @@ ROWS = [
     ["tpool.tensors.held", "tpool.tensors.storages"],
     ["tpool.tensors.reducers_layouts"],
     ["tpool.tensors.reducers_content"],
+    ["tpool.tensors.placed"],
     ["tpool.tensors.reducers_alike", "tpool.tensors.reducers_subclasses"],
     ["tpool.tensors.reducers"],
     ["tpool.tensors.bare"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,6 +27,12 @@ LARGE = EARLY_NBYTES // 4  # float32 values
 
 needs_counts = pytest.mark.skipif(not torch_private.COUNTS_USES, reason="this torch does not count uses")
 pytestmark = needs_counts
+
+
+def place(values: list[Any], memory: Memory, least_nbytes: int = EARLY_NBYTES) -> bool:
+    """Whether the last value was placed."""
+    place_last(values, memory, least_nbytes)
+    return type(values[-1]) is Placed
 
 
 def never_wait(seconds: float) -> bool:
@@ -60,8 +67,7 @@ def test_it_arrives_as_the_tensor(
     for _ in range(count):
         values.append(torch.randint(2, size).to(dtype))
         expected.append(values[-1].clone())
-        assert place_last(values, codec.memory, 1)
-        assert type(values[-1]) is Placed
+        assert place(values, codec.memory, 1)
     sent = values if listed or count > 1 else values[0]
     payload = codec.dumps(sent)
     assert len(payload.blocks) == count
@@ -78,7 +84,7 @@ def test_among_others(peering: Peering) -> None:
     for number in range(20):
         values.append(torch.full((number // 10 + 2, 3), float(number)))
         if number % 7:
-            assert place_last(values, codec.memory, 1)
+            assert place(values, codec.memory, 1)
     for sent in (
         values,
         values[15:],
@@ -110,7 +116,7 @@ def test_lists_that_are_alike_and_others(peering: Peering, name: str) -> None:
     codec, values = codec_for(peering.arena, "share"), []
     for number in range(12):
         values.append(LISTS[name](number))
-        assert place_last(values, codec.memory, 1)
+        assert place(values, codec.memory, 1)
     for number, back in enumerate(codec.loads(peering.ask("", codec.dumps(values)))):  # type: ignore[call-overload]
         assert back.dtype == LISTS[name](number).dtype
         assert torch.equal(back, LISTS[name](number))
@@ -121,9 +127,7 @@ def test_its_block_goes_with_it(memory: Memory) -> None:
     allocator = table.allocator(memory.arena)
     assert allocator is not None
     values: list[Any] = [torch.ones(LARGE)]
-    gone = weakref.ref(values[0])
-    assert place_last(values, memory, EARLY_NBYTES)
-    assert gone() is None
+    assert place(values, memory)
     assert allocator.used_nbytes == 4 * LARGE
     values.clear()
     table.collect()
@@ -157,6 +161,10 @@ def saved_for_backward() -> torch.Tensor:
     return tensor
 
 
+def weak_storage(tensor: torch.Tensor) -> Any:
+    return weakref.ref(tensor.untyped_storage())
+
+
 class Own(torch.Tensor):
     pass
 
@@ -169,6 +177,8 @@ OTHERS: dict[str, Callable[[], Any]] = {
     "one that numpy knows": lambda: under(torch.ones(LARGE), torch.Tensor.numpy),
     "one that DLPack knows": lambda: under(torch.ones(LARGE), torch.Tensor.__dlpack__),
     "one that autograd has saved": saved_for_backward,
+    "one that somebody knows weakly": lambda: under(torch.ones(LARGE), weakref.ref),
+    "one whose storage somebody knows weakly": lambda: under(torch.ones(LARGE), weak_storage),
     "a view": lambda: torch.ones(LARGE + 1)[1:],
     "a part": lambda: torch.ones(LARGE + 1)[:LARGE],
     "a transposed one": lambda: torch.empty_strided((LARGE, 4), (1, LARGE)),
@@ -195,7 +205,7 @@ def test_what_stays_as_it_is(memory: Memory, name: str) -> None:
     values = [OTHERS[name]()]
     one = id(values[0])
     try:
-        assert not place_last(values, memory, EARLY_NBYTES)
+        assert not place(values, memory)
         assert id(values[0]) == one
         allocator = leases.table().allocator(memory.arena)
         assert allocator is not None
@@ -206,24 +216,34 @@ def test_what_stays_as_it_is(memory: Memory, name: str) -> None:
 
 def test_what_lies_in_a_block_stays_there(memory: Memory) -> None:
     values: list[Any] = [torch.frombuffer(memory.allocate(EARLY_NBYTES).view, dtype=torch.float32)]
-    assert not place_last(values, memory, EARLY_NBYTES)
+    assert not place(values, memory)
     assert type(values[0]) is torch.Tensor
 
 
 def test_without_memory_it_stays_and_nobody_waits(memory: Memory) -> None:
     taken, values = memory.allocate(3 << 20), [torch.ones(2 << 18)]
     with pytest.raises(SharedMemoryExhausted):
-        place_last(values, memory, EARLY_NBYTES)
+        place(values, memory)
     assert values[0].numel() == 2 << 18
     del taken
     leases.table().collect()
-    assert place_last(values, memory, EARLY_NBYTES)
+    assert place(values, memory)
 
 
-def test_the_counter_is_asked_as_it_was_when_it_was_tried() -> None:
-    tensor = torch.ones(3)
-    assert placed._sole_references([torch.ones(3)]) == (placed._SOLE_REFERENCES, placed._SOLE_STORAGE_REFERENCES)
-    assert placed._sole_references([tensor]) == (placed._SOLE_REFERENCES + 1, placed._SOLE_STORAGE_REFERENCES)
+def test_a_debugger_that_looks_at_variables_adds_nothing_to_what_is_counted() -> None:
+    def trace(frame: Any, event: str, argument: object) -> Any:
+        frame.f_locals.get("values")
+        return trace
+
+    tensor, before = torch.ones(3), sys.gettrace()
+    sys.settrace(trace)
+    try:
+        counted = placed._sole_references([torch.ones(3)])
+        of_known = placed._sole_references([tensor])
+    finally:
+        sys.settrace(before)
+    assert counted == placed._SOLE_REFERENCES
+    assert of_known == (counted[0] + 1, counted[1])
 
 
 # In a pool --------------------------------------------------------------------------------------------------------
@@ -269,6 +289,11 @@ def test_results_on_one_memory_stay_so(pool: tpool.Pool) -> None:
     first, second = pool.apply(tasks.make_parts, (0,)), pool.apply(tasks.make_parts, (0,))
     first.fill_(6)
     assert bool(second.eq(6).all())
+
+
+def test_what_a_worker_knows_weakly_is_one_tensor_for_a_chunk(pool: tpool.Pool) -> None:
+    first, second, third = pool.map(tasks.make_once_for_a_while, range(3), 3)
+    assert first is second is third
 
 
 def test_an_argument_that_is_the_result_is_not_copied(pool: tpool.Pool) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from tpool.errors import TpoolError
 from tpool.local.wire import Mode
 from tpool.tensors.leases import Block, Memory
 from tpool.tensors.payload import Received
 from tpool.tensors.pickler import Codec
-from tpool.tensors.placed import place_last
+from tpool.tensors.placed import Placed, place_last
 from tpool.tensors.reducers_content import is_plain
 from tpool.tensors.storages import Outgoing
 
@@ -146,11 +147,14 @@ def leave_early(values: list[Any], codec: Codec) -> bool:
     Args:
         values: not empty; known to the caller alone.
         codec: will send it.
+
+    Returns:
+        Whether it did.
     """
     if type(values[-1]) is torch.Tensor and codec.sharing == "share" and codec.can_swap:
-        with contextlib.suppress(Exception):  # it is met again, waited for or told, when it is sent
-            return place_last(values, codec.memory, EARLY_NBYTES)
-    return False
+        with contextlib.suppress(TpoolError):  # it is met again, waited for or told, when it is sent
+            place_last(values, codec.memory, EARLY_NBYTES)
+    return type(values[-1]) is Placed
 
 
 class _EarlyMoves:
@@ -179,7 +183,9 @@ class _EarlyMoves:
         if type(values[-1]) is not torch.Tensor:
             return False
         began = monotonic()
-        moved = leave_early(values, self._codec) or (more and self._move(values[-1]))
+        moved = False
+        with contextlib.suppress(Exception):  # it is met again, waited for or told, when the chunk is sent
+            moved = leave_early(values, self._codec) or (more and self._move(values[-1]))
         self._marks.early += monotonic() - began
         return moved
 
@@ -189,9 +195,7 @@ class _EarlyMoves:
         outgoing = self._outgoing
         if outgoing is None:
             outgoing = self._outgoing = Outgoing(_AtOnce(self._codec.memory))  # type: ignore[arg-type]
-        with contextlib.suppress(Exception):  # as above
-            return outgoing.place(value.untyped_storage(), value) is not None
-        return False
+        return outgoing.place(value.untyped_storage(), value) is not None
 
 
 class _AtOnce:
