@@ -37,14 +37,15 @@ def run_respawn(bench: Bench) -> None:
 
 
 def run_idle(bench: Bench) -> None:
-    """Wake-ups and CPU time of all threads and processes of a pool that has nothing to do."""
+    """Wake-ups and CPU time of all threads and processes of a pool that has nothing to do, but for this thread's."""
     bench.pool.map(tasks.noop, range(8))
     time.sleep(0.3)  # whatever the pool still has to tidy up is not idling
     pid = os.getpid()
-    wakeups, cpu = proc.tree_wakeups(pid), sum(proc.tree_cpu_seconds(pid))
+    wakeups, cpu, own = proc.tree_wakeups(pid), sum(proc.tree_cpu_seconds(pid)), time.thread_time()
     time.sleep(bench.real("seconds"))
-    # Our own main thread's few microseconds of waking are within what is said; its wake-ups are not counted.
-    bench.meter.values["cpu_ms"] = 1000 * (sum(proc.tree_cpu_seconds(pid)) - cpu)
+    # What this thread does is to go through /proc: 0.5 to 1.3 ms, more for more processes. It uses no pool meanwhile.
+    cpu, own = sum(proc.tree_cpu_seconds(pid)) - cpu, time.thread_time() - own
+    bench.meter.values["cpu_ms"] = 1000 * max(0.0, cpu - own)
     bench.meter.values["wakeups"] = proc.tree_wakeups(pid) - wakeups
 
 
