@@ -38,7 +38,7 @@ from tpool.tensors.reducers_content import Reduced, content, dense, dress, is_pl
 if TYPE_CHECKING:
     from tpool.tensors.storages import Outgoing
 
-__all__ = ["dense", "reduce"]
+__all__ = ["reduce"]
 
 
 def reduce(obj: Any, sender: Outgoing) -> Reduced | Any:
