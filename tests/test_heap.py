@@ -191,6 +191,7 @@ def test_the_heap_is_told_of_results_that_move_early(memory: Memory) -> None:
     known, codec = torch.ones(MIB), Codec(memory)
     for number, made in enumerate([[torch.ones(MIB)], [known]], 1):  # copied, and moved
         assert _EarlyMoves(codec, Marks()).move(made, True)
+        assert (made[0] is known) == (number == 2)
         assert told(memory) == [(4 * MIB * turn, 256 * MIB) for turn in range(1, number + 1)]
 
 
