@@ -43,7 +43,7 @@ def run_idle(bench: Bench) -> None:
     pid = os.getpid()
     wakeups, cpu, own = proc.tree_wakeups(pid), sum(proc.tree_cpu_seconds(pid)), time.thread_time()
     time.sleep(bench.real("seconds"))
-    # What this thread does is to go through /proc: 0.5 to 1.3 ms, more for more processes. It uses no pool meanwhile.
+    # What this thread does is to go through /proc: 0.5 to 1.4 ms, more for more processes. It uses no pool meanwhile.
     cpu, own = sum(proc.tree_cpu_seconds(pid)) - cpu, time.thread_time() - own
     bench.meter.values["cpu_ms"] = 1000 * max(0.0, cpu - own)
     bench.meter.values["wakeups"] = proc.tree_wakeups(pid) - wakeups
